@@ -1,0 +1,1 @@
+"""What stands beside the core and may be lifted out. May import the core; the core never imports it."""
