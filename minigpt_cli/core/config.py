@@ -1,0 +1,309 @@
+"""Settings: typed, frozen and validated, from YAML and `--set`. Owns every key's name, default and bounds.
+
+Precedence: defaults < file < `--set section.key=value` < named flags (which arrive here as further overrides).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from typing_extensions import Self
+
+from minigpt_cli.core.errors import UserError
+
+MAX_CONFIG_BYTES = 1_000_000
+
+Probability = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A group of settings: immutable, no unknown keys, no silent conversions (a string is not a number)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    path: str = "data/input"  # the folder that `minigpt prepare` made
+    sampling: Literal["random", "epoch"] = "random"  # random windows (the seed's way), or each window once an epoch
+
+
+class ModelConfig(Section):
+    n_layer: Annotated[int, Field(ge=0, le=1000)] = 6
+    n_head: Annotated[int, Field(ge=1, le=1024)] = 6
+    n_embd: Annotated[int, Field(ge=1, le=65536)] = 384
+    block_size: Annotated[int, Field(ge=1, le=1 << 20)] = 256  # the context window, in tokens
+    dropout: Probability = 0.0  # everywhere below, unless that place has its own
+    dropout_attn: Probability | None = None  # on the attention weights
+    dropout_proj: Probability | None = None  # on attention's output projection
+    dropout_mlp: Probability | None = None  # on the feed-forward's output
+    position: Literal["learned", "none"] = "learned"
+    norm: Literal["layernorm", "none"] = "layernorm"
+    mlp: Literal["relu", "gelu"] = "relu"
+    bias: bool = True  # in the norms, attention's output projection and the feed-forward
+    bias_qkv: bool = False
+    bias_head: bool = True
+    tie_weights: bool = False  # the head shares the token embedding's matrix
+    init: Literal["gpt2", "torch"] = "gpt2"  # N(0, 0.02) with zero biases, or PyTorch's defaults
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.n_layer and self.n_embd % self.n_head:
+            below = self.n_embd // self.n_head * self.n_head
+            near = " or ".join(str(n) for n in (below, below + self.n_head) if n)
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; nearest n_embd: {near}")
+        return self
+
+
+class TrainConfig(Section):
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 1337
+    batch_size: Count = 64  # sequences per step, over all devices
+    micro_batch_size: Count | None = None  # sequences per device and forward pass; null: as many as batch_size
+    max_iters: Count = 5000
+    max_minutes: Annotated[float, Field(gt=0)] | None = None
+    patience: Count | None = None  # stop after so many evaluations without a better one
+    optimizer: Literal["adamw"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    warmup_iters: Annotated[int, Field(ge=0)] = 0
+    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    lr_decay_iters: Count | None = None  # where the schedule reaches min_lr; null: max_iters
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    decay: Literal["matrices", "all"] = "matrices"  # what weight decay applies to
+    beta1: Probability = 0.9
+    beta2: Probability = 0.999
+    grad_clip: Annotated[float, Field(gt=0)] | None = None  # largest global gradient norm
+    log_interval: Count = 10
+    eval_interval: Count = 500
+    checkpoint_interval: Count = 500
+    sample_interval: Count | None = None
+    keep: Annotated[int, Field(ge=0)] = 0  # numbered snapshots to keep beside `last` and `best`
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        micro = self.micro_batch_size
+        if micro is not None and self.batch_size % micro:
+            divisors = sorted(d for i in range(1, math.isqrt(self.batch_size) + 1) if self.batch_size % i == 0
+                              for d in {i, self.batch_size // i})  # fmt: skip
+            below, above = max(d for d in divisors if d < micro), min((d for d in divisors if d > micro), default=0)
+            near = " or ".join(str(d) for d in (below, above) if d)
+            raise ValueError(f"batch_size {self.batch_size} cannot be split into micro batches of {micro}; try {near}")
+        if self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr {self.min_lr:g} is above learning_rate {self.learning_rate:g}")
+        return self
+
+    @property
+    def accumulation(self) -> int:
+        """Forward and backward passes per optimizer step."""
+        return self.batch_size // (self.micro_batch_size or self.batch_size)
+
+
+class RuntimeConfig(Section):
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: Literal["auto"] | bool = "auto"
+    parallel: Literal["auto", "none"] = "auto"
+    deterministic: bool = False  # bit-for-bit repeatable on CUDA too; slower there, free on the CPU
+
+
+class Config(Section):
+    """The whole of it; `Config()` is what the defaults give."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    out_dir: Annotated[str, Field(min_length=1)] = "checkpoints"
+
+    def to_yaml(self) -> str:
+        """The resolved settings, every key spelled out. `load_config` reads it back to an equal object."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+def load_config(config: str | None, overrides: Sequence[tuple[str, Any]] = ()) -> Config:
+    """Read a YAML file, or the name of a config shipped with the package, and put `overrides` on top.
+
+    `overrides` are pairs of a dotted key and a value, later ones win. Raises UserError naming the key and the remedy.
+    """
+    document, where = ({}, "--set") if config is None else _read(_find(config))
+    for key, value in overrides:
+        _assign(document, key, value)
+    return parse_config(document, where)
+
+
+def parse_config(document: object, where: str) -> Config:
+    """Plain data (from YAML or a checkpoint's header) -> Config. Raises UserError; `where` names the source."""
+    try:
+        return Config.model_validate(document)
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_explain(e, document) for e in error.errors()[:3])) from None
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply") from None
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def parse_section(section: type[SectionT], document: dict[str, Any], where: str) -> SectionT:
+    """One section from plain data, for a command that needs no more. Raises UserError."""
+    try:
+        return section.model_validate(document)
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_explain(e, document) for e in error.errors())) from None
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`section.key=value` -> (dotted key, value read as YAML). Raises UserError."""
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise UserError(f"--set {text}: write it as section.key=value, for example --set train.max_iters=100")
+    return key.strip(), parse_yaml(value, f"--set {key.strip()}")
+
+
+def config_difference(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (old value, new value), for every setting in which the two differ."""
+    before, after = _flatten(old.model_dump()), _flatten(new.model_dump())
+    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Name -> file of every config that comes with minigpt, from the wheel or from the repository."""
+    package = Path(__file__).parents[1]
+    folder = package / "configs"
+    return {
+        path.stem: path for path in sorted((folder if folder.is_dir() else package.parent / "configs").glob("*.yaml"))
+    }
+
+
+def _find(config: str) -> Path:
+    path, shipped = Path(config), shipped_configs()
+    if path.is_file():
+        return path
+    if config in shipped:
+        return shipped[config]
+    if path.exists():
+        raise UserError(f"{config}: not a file")
+    near = difflib.get_close_matches(path.stem, shipped, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(f"{config}: no such file, and no config of that name; {hint}shipped: {', '.join(shipped)}")
+
+
+def _read(path: Path) -> tuple[dict[str, Any], str]:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_CONFIG_BYTES + 1)
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise UserError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes; that is no config")
+    document = parse_yaml(text, str(path))
+    if document is None:
+        document = {}
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: a config is a mapping of sections (data, model, train, runtime)")
+    return document, str(path)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without surprises: no aliases (they can explode), no duplicate keys, and 1e-3 is a number."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(None, None, "aliases (*name) are not allowed", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen if isinstance(key_node.value, str) else True:
+                problem = (
+                    f"the key {key_node.value!r} stands twice"
+                    if isinstance(key_node.value, str)
+                    else "a key must be a word"
+                )
+                raise yaml.MarkedYAMLError(None, None, problem, key_node.start_mark)
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.2's floats: PyYAML alone wants a dot and a sign, and reads 1e-3 as a string. Tried after the integers.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """YAML text -> plain data. Raises UserError with the line at fault."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader: plain data only
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not YAML: {str(error).splitlines()[0]}") from None
+    except (ValueError, TypeError, OverflowError) as error:  # what SafeLoader's own constructors let through: !!int "x"
+        raise UserError(f"{where}: not YAML: {error}") from None
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply") from None
+
+
+def _assign(document: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, key = dotted.split(".")
+    for name in sections:
+        inner = document.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"--set {dotted}: {name} is not a section")
+        document = inner
+    document[key] = value
+
+
+def _flatten(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _explain(error: Any, document: object) -> str:
+    """One pydantic complaint in a user's words: the dotted key, what is wrong, the value."""
+    loc = [str(part) for part in error["loc"] if str(part) in _known_names() or error["type"] == "extra_forbidden"]
+    key, value = ".".join(loc), error["input"]
+    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+    if error["type"] == "extra_forbidden":
+        section = Config.model_fields[loc[0]].annotation if len(loc) > 1 else Config
+        names = list(getattr(section, "model_fields", {}))
+        near = difflib.get_close_matches(loc[-1], names, n=1)
+        elsewhere = [f"{s}.{loc[-1]}" for s in Config.model_fields if loc[-1] in _fields_of(s)]
+        hint = (
+            f"did you mean {near[0]}?"
+            if near
+            else f"it belongs at {elsewhere[0]}"
+            if elsewhere
+            else f"known: {', '.join(names)}"
+        )
+        return f"unknown key {key}; {hint}"
+    if error["type"] == "value_error":  # our own validators, whose message is complete
+        return f"{key}: {error['ctx']['error']}"
+    if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{key or 'the config'}: expected a section of keys, not {shown}"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{key}: {message.removeprefix('input ')}, not {shown}"
+
+
+def _fields_of(section: str) -> list[str]:
+    return list(getattr(Config.model_fields[section].annotation, "model_fields", {}))
+
+
+def _known_names() -> set[str]:
+    return set(Config.model_fields) | {name for section in Config.model_fields for name in _fields_of(section)}
