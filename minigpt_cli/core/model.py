@@ -1,0 +1,105 @@
+"""The GPT: embeddings, blocks, head, initialisation and the loss. Knows no optimizer, checkpoint or tokenizer.
+
+Shapes: B batch, T time, C width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minigpt_cli.core.config import ModelConfig
+from minigpt_cli.core.layers import Attention, FeedForward, KVCache, LayerCache, make_norm
+
+
+class Block(nn.Module):
+    """One layer: the residual stream gathers what attention, then the feed-forward, makes of its normalised self."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm_attn = make_norm(config)
+        self.attn = Attention(config)
+        self.norm_mlp = make_norm(config)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x_BTC: Tensor, cache: LayerCache | None = None, start: int = 0) -> Tensor:
+        x_BTC = x_BTC + self.attn(self.norm_attn(x_BTC), cache, start)
+        return x_BTC + self.mlp(self.norm_mlp(x_BTC))
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer (Radford et al. 2019, GPT-2), in the shapes that `ModelConfig` can describe.
+
+    With zero blocks and no norm it is the seed's bigram model: the head reads the embeddings.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config, self.vocab_size = config, vocab_size
+        self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
+        self.position_embedding = (
+            nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
+        )
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = make_norm(config)
+        self.head = nn.Linear(config.n_embd, vocab_size, bias=config.bias_head)
+        if config.tie_weights:
+            self.head.weight = self.token_embedding.weight
+        if config.init == "gpt2":
+            self.apply(_init_gpt2)  # "torch" keeps what the constructors drew
+
+    def forward(self, idx_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Token ids (B, T) -> logits (B, T, V), each row predicting the token after it.
+
+        With a `cache`, `idx_BT` holds only the tokens that follow those in it, and the cache grows by T. Raises
+        ValueError when cache and new tokens together are longer than the context window.
+        """
+        T, start = idx_BT.shape[1], cache.length if cache is not None else 0
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens do not fit a context of {self.config.block_size}")
+        x_BTC = self.token_embedding(idx_BT)
+        if self.position_embedding is not None:
+            x_BTC = x_BTC + self.position_embedding.weight[start : start + T]
+        for i, block in enumerate(self.blocks):
+            x_BTC = block(x_BTC, cache.layers[i] if cache is not None else None, start)
+        if cache is not None:
+            cache.length = start + T
+        return self.head(self.norm(x_BTC))
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters by part, and their `total`. A tied head counts once, with the embedding."""
+        counts = {
+            "token embedding": self.token_embedding.weight.numel(),
+            "position embedding": self.position_embedding.weight.numel() if self.position_embedding is not None else 0,
+            "attention": _count(block.attn for block in self.blocks),
+            "feed-forward": _count(block.mlp for block in self.blocks),
+            "norms": sum(p.numel() for name, p in self.named_parameters() if "norm" in name),
+            "head": _count([self.head]) - (self.head.weight.numel() if self.config.tie_weights else 0),
+        }
+        return counts | {"total": sum(p.numel() for p in self.parameters())}
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations of one training step per token: 3 x forward, matrix products only.
+
+        2 per weight of every matrix, and 2 x 2 T C per layer for the attention scores and the weighted sum, counted in
+        full as PaLM does (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), though half of it is masked.
+        """
+        matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        attention = 2 * self.config.n_layer * self.config.block_size * self.config.n_embd
+        return 3 * 2 * (matrices + attention)
+
+
+def lm_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Mean cross-entropy in nats per token, computed in float32. Scalar."""
+    return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten())
+
+
+def _init_gpt2(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, mean=0.0, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def _count(modules: object) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())  # type: ignore[attr-defined]
