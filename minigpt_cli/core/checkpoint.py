@@ -1,0 +1,223 @@
+"""One self-contained safetensors file: written whole or not at all, checked when read. No pickle.
+
+The file format is safetensors: 8 bytes of header length, a JSON header, raw tensors. Its metadata holds one JSON
+document of ours (`minigpt`) and that document's own sha256 (`minigpt_sha256`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from minigpt_cli import __version__
+from minigpt_cli.core import tokenizer as tokenizers
+from minigpt_cli.core.config import Config, ModelConfig, parse_config
+from minigpt_cli.core.errors import CheckpointError, UserError
+from minigpt_cli.core.files import atomic_write
+from minigpt_cli.core.model import GPT
+
+FORMAT_VERSION = 1
+MAX_HEADER_BYTES = 10_000_000  # a real header is a few hundred kB; its JSON must not fill memory
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+MODEL, OPTIMIZER = "model.", "optimizer."  # prefixes of tensor names
+
+
+class Progress(BaseModel):
+    """Where a run stands: all that resuming needs besides tensors."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    step: Count = 0  # optimizer steps done
+    seconds: float = 0.0  # wall time of training, over all its sessions
+    best_loss: float | None = None
+    best_step: Count = 0
+    worse: Count = 0  # evaluations since the best
+    val_loss: float | None = None  # of the last evaluation
+    evaluated_at: Count = 0
+    loss_sum: float = 0.0  # of the steps since the last log
+    logged_at: Count = 0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    scaler: dict[str, float] = {}  # the state of fp16's loss scaling
+
+
+class Header(BaseModel):
+    """The JSON document in a checkpoint's metadata: all that is known of the model besides its tensors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = FORMAT_VERSION
+    config: dict[str, Any]
+    tokenizer: dict[str, Any]
+    step: Count
+    tokens_seen: Count
+    val_loss: float | None  # at this step, or None if it was not evaluated here
+    dataset_fingerprint: str
+    progress: Progress
+    versions: dict[str, str]
+    checksums: dict[str, str]  # tensor name -> sha256 of its bytes
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded and verified checkpoint. `tensors` still carry their prefixes; they live on the CPU."""
+
+    path: Path
+    header: Header
+    config: Config
+    tokenizer: tokenizers.Tokenizer
+    tensors: dict[str, Tensor]
+
+    def model(self, device: torch.device | str = "cpu") -> GPT:
+        """The model with its weights, on `device`. The file's shapes were compared with its config when it was read."""
+        with torch.device("meta"):
+            model = GPT(self.config.model, self.tokenizer.vocab_size)
+        model.load_state_dict(self.part(MODEL), assign=True)
+        if self.config.model.tie_weights:
+            model.head.weight = model.token_embedding.weight
+        return model.requires_grad_(True).to(device)
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose name begins with `prefix`, without it."""
+        return {name[len(prefix) :]: tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+
+
+def library_versions() -> dict[str, str]:
+    return {"minigpt": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write a checkpoint to `path`: to a temporary name, fsynced, renamed, folder fsynced.
+
+    `header` holds the fields of `Header` but `checksums` and `versions`, which are made here. Until the rename, the
+    file that was at `path` stays as it was; on any failure the temporary is removed and the error raised.
+    """
+    arrays = {name: _raw_bytes(tensor) for name, tensor in tensors.items()}
+    checksums = {name: hashlib.sha256(array).hexdigest() for name, array in arrays.items()}
+    document = Header(**header, versions=library_versions(), checksums=checksums).model_dump_json()
+    layout: dict[str, Any] = {
+        "__metadata__": {"minigpt": document, "minigpt_sha256": hashlib.sha256(document.encode()).hexdigest()}
+    }
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + len(arrays[name])
+        layout[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    head = json.dumps(layout).encode()
+    head += b" " * (-len(head) % 8)  # tensors begin at a multiple of 8
+    with atomic_write(path) as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for array in arrays.values():
+            file.write(array)
+
+
+def load(path: str | Path, *, weights_only: bool = False) -> Checkpoint:
+    """Read and verify a checkpoint: sizes before memory, the header's checksum, every tensor's checksum.
+
+    `weights_only` leaves the optimizer's tensors in the file. Raises UserError if there is no such file, and
+    CheckpointError if it is damaged, not ours or made by a newer minigpt. No code from the file can run.
+    """
+    path = Path(path)
+    header = read_header(path)
+    try:
+        config = parse_config(header.config, str(path))
+        tokenizer = tokenizers.from_json(header.tokenizer)
+        shapes = _model_shapes(config.model, tokenizer.vocab_size, n_tensors=len(header.checksums))
+        tensors = _read_tensors(path, header, shapes, MODEL if weights_only else "")
+    except UserError as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from None
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from None
+    return Checkpoint(path, header, config, tokenizer, tensors)
+
+
+def read_header(path: Path) -> Header:
+    """The verified header alone: cheap, whatever the size of the file. Raises as `load` does."""
+    try:
+        size = path.stat().st_size
+        if not path.is_file():
+            raise UserError(f"{path}: not a file")
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 16 or not 2 <= length <= size - 8:
+                raise CheckpointError(f"{path}: not a checkpoint: {_what_is_it(path, size)}")
+            if length > MAX_HEADER_BYTES:
+                raise CheckpointError(f"{path}: not a checkpoint of ours: a header of {length:,} bytes")
+            layout = json.loads(file.read(length))
+        metadata = layout["__metadata__"]
+        document = metadata["minigpt"]
+        if hashlib.sha256(document.encode()).hexdigest() != metadata["minigpt_sha256"]:
+            raise CheckpointError(f"{path}: damaged: the header does not match its checksum")
+        fields = json.loads(document)
+        if fields["format_version"] > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path}: made by a newer minigpt ({fields['format_version']}); update minigpt to read it"
+            )
+        return Header.model_validate(fields)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: damaged: {error.errors()[0]['msg']}") from None
+    except (KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path}: a safetensors file, but not a minigpt checkpoint") from None
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path}: not a checkpoint: {_what_is_it(path, size)}") from None
+
+
+def _what_is_it(path: Path, size: int) -> str:
+    if size == 0:
+        return "the file is empty"
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        return "it is a pickle (a .pt file?), which minigpt never opens"
+    return "cut short, or not a safetensors file"
+
+
+def _model_shapes(config: ModelConfig, vocab_size: int, n_tensors: int) -> dict[str, list[int]]:
+    """Name -> shape of the weights that this config must have, without allocating them."""
+    if config.n_layer > n_tensors:  # so that a lie about depth costs nothing
+        raise ValueError(f"its config has {config.n_layer} layers, but there are {n_tensors} tensors")
+    with torch.device("meta"):
+        return {name: list(t.shape) for name, t in GPT(config, vocab_size).state_dict().items()}
+
+
+def _read_tensors(path: Path, header: Header, shapes: dict[str, list[int]], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, compared with what the config implies before they take memory."""
+    tensors = {}
+    with safe_open(path, framework="pt") as file:  # checks that the offsets agree with the file's size
+        names = set(file.keys())
+        if names != set(header.checksums) or {n for n in names if n.startswith(MODEL)} != {MODEL + n for n in shapes}:
+            raise ValueError("its tensors are not the ones that its header and its config name")
+        for name in sorted(names):
+            shape, dtype = file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()
+            weight = (
+                name.removeprefix(MODEL) if name.startswith(MODEL) else name.removeprefix(OPTIMIZER).rpartition(".")[0]
+            )
+            allowed = [shapes.get(weight)] + ([] if name.startswith(MODEL) else [[]])  # a step counter is a scalar
+            if shape not in allowed or dtype not in ("F32", "BF16", "F16"):
+                raise ValueError(f"the tensor {name} ({dtype} {shape}) does not fit the config")
+            if name.startswith(prefix):
+                tensors[name] = file.get_tensor(name).clone()  # out of the map: the file may be replaced
+                if hashlib.sha256(_raw_bytes(tensors[name])).hexdigest() != header.checksums[name]:
+                    raise ValueError(f"the tensor {name} does not match its checksum")
+    return tensors
+
+
+def _raw_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes, little-endian, without a copy where it lies contiguous on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy().data) if math.prod(tensor.shape) else memoryview(b"")

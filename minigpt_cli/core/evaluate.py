@@ -1,0 +1,131 @@
+"""How good a model is on a whole split, and what counting models score on the same tokens.
+
+Shapes: B windows side by side, T block_size, V vocabulary. Losses are in nats per token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from minigpt_cli.core.dataset import Tokens
+from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.model import GPT
+from minigpt_cli.core.runtime import Runtime
+from minigpt_cli.core.tokenizer import Tokenizer
+
+MAX_LOGITS = 1 << 26  # elements at once: 256 MB in float32
+MAX_COUNTED = 20_000_000  # training tokens that a bigram model of a large vocabulary is counted on
+
+
+@dataclass(frozen=True)
+class Score:
+    """`loss` is the mean over `tokens` predictions; `standard_error` is of that mean, taken over windows, whose tokens
+    are not independent of each other but nearly so of other windows'. `accuracy` is top-1."""
+
+    loss: float
+    standard_error: float
+    accuracy: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPT, tokens: Tokens, runtime: Runtime, *,
+    progress: Callable[[int, int], None] | None = None, stop: Callable[[], object] | None = None,
+) -> Score | None:  # fmt: skip
+    """Score every token of the split but the first, in fixed windows that do not overlap; the last may be shorter.
+
+    Draws nothing at random. Returns None if `stop` turned true on the way. Raises UserError below two tokens.
+    """
+    if len(tokens) < 2:
+        raise UserError(f"this text has {len(tokens)} tokens; evaluating needs at least 2")
+    was_training = model.training
+    model.eval()
+    losses, hits, sizes = [], [], []
+    windows = list(_windows(tokens, model.config.block_size, model.vocab_size))
+    for done, (x, y) in enumerate(windows):
+        if stop is not None and stop():
+            break
+        x_BT = torch.from_numpy(x.astype(np.int64)).to(runtime.device)
+        y_BT = torch.from_numpy(y.astype(np.int64)).to(runtime.device)
+        with runtime.autocast():
+            logits_BTV = model(x_BT)
+        losses_BT = F.cross_entropy(logits_BTV.float().flatten(0, 1), y_BT.flatten(), reduction="none").view_as(y_BT)
+        losses.append(losses_BT.sum(dim=1))
+        hits.append((logits_BTV.argmax(dim=-1) == y_BT).sum())
+        sizes += [y.shape[1]] * len(y)
+        if progress is not None:
+            progress(done + 1, len(windows))
+    model.train(was_training)
+    if len(losses) < len(windows):
+        return None
+    sums, counts = torch.cat(losses).double().cpu().numpy(), np.array(sizes)  # by window
+    loss = float(sums.sum() / counts.sum())
+    deviations = sums - loss * counts
+    error = math.sqrt((deviations**2).sum() * len(sums) / max(1, len(sums) - 1)) / counts.sum()
+    return Score(loss, float(error), int(torch.stack(hits).sum()) / int(counts.sum()), int(counts.sum()))
+
+
+def _windows(tokens: Tokens, block_size: int, vocab_size: int) -> list[tuple[Tokens, Tokens]]:
+    """(x, y) pairs of shape (B, T), y one token ahead, that cover every prediction once."""
+    full = (len(tokens) - 1) // block_size
+    rows = max(1, min(16384 // block_size, MAX_LOGITS // (block_size * vocab_size)))
+    pairs = []
+    for first in range(0, full, rows):
+        begin, end = first * block_size, min(first + rows, full) * block_size
+        pairs.append((tokens[begin:end].reshape(-1, block_size), tokens[begin + 1 : end + 1].reshape(-1, block_size)))
+    if (rest := full * block_size) < len(tokens) - 1:
+        pairs.append((tokens[None, rest:-1], tokens[None, rest + 1 :]))
+    return pairs
+
+
+def text_size(tokens: Tokens, tokenizer: Tokenizer) -> tuple[int, int]:
+    """(characters, UTF-8 bytes) of the text that the tokens after the first stand for: what a loss is spread over."""
+    pieces = tokenizer.token_bytes()
+    n_bytes = np.array([len(piece) for piece in pieces])
+    n_characters = np.array([sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces])  # not continuation bytes
+    counts = np.bincount(tokens[1:], minlength=len(pieces))
+    return int(counts @ n_characters), int(counts @ n_bytes)
+
+
+def baselines(train: Tokens, tokens: Tokens, vocab_size: int) -> dict[str, float]:
+    """What models that only count score on `tokens`, having counted `train`: nats per token, as `evaluate` gives.
+
+    uniform: every token alike. unigram: how often each came, plus one (Laplace). bigram: how often each came after the
+    one before it, backed off to the unigram with one pseudo-count per context (MacKay & Peto 1995).
+    """
+    train = train[:MAX_COUNTED] if vocab_size > 4096 else train
+    unigram = np.bincount(train, minlength=vocab_size) + 1.0
+    unigram /= unigram.sum()
+    before, after = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
+    pairs = _count_pairs(train, vocab_size, wanted=before * vocab_size + after)
+    contexts = np.bincount(train[:-1], minlength=vocab_size)
+    bigram = (pairs + unigram[after]) / (contexts[before] + 1.0)
+    return {
+        "uniform": math.log(vocab_size),
+        "unigram": float(-np.log(unigram[after]).mean()),
+        "bigram": float(-np.log(bigram).mean()),
+    }
+
+
+def _count_pairs(train: Tokens, vocab_size: int, wanted: Tokens) -> Tokens:
+    """How often each wanted pair (first * V + second) stands in `train`."""
+    if vocab_size <= 4096:
+        table = np.zeros(vocab_size * vocab_size, np.int64)
+        for start in range(0, len(train) - 1, 1 << 22):  # in pieces: the codes are eight bytes each
+            piece = train[start : start + (1 << 22) + 1].astype(np.int64)
+            table += np.bincount(piece[:-1] * vocab_size + piece[1:], minlength=len(table))
+        return table[wanted]
+    codes, counts = np.unique(train[:-1].astype(np.int64) * vocab_size + train[1:], return_counts=True)
+    places = np.searchsorted(codes, wanted).clip(max=len(codes) - 1)
+    return np.where(codes[places] == wanted, counts[places], 0)

@@ -1,0 +1,124 @@
+"""What a config will cost on this machine: counted where that is possible, measured where it is not."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minigpt_cli.core.config import Config
+from minigpt_cli.core.dataset import Batches, Tokens
+from minigpt_cli.core.generate import Sampling, generate
+from minigpt_cli.core.model import GPT, lm_loss
+from minigpt_cli.core.optim import make_optimizer
+from minigpt_cli.core.runtime import Runtime, peak_flops, peak_memory_bytes, seed_everything
+from minigpt_cli.core.train import Statistics, train_step
+
+
+@dataclass(frozen=True)
+class TrainingSpeed:
+    step_seconds: float  # median of the steady state
+    tokens_per_second: float
+    first_step_seconds: float  # cold: allocation, and compiling where that is on
+    peak_memory_bytes: int
+    flops_utilisation: float | None  # model FLOP/s over the device's dense 16-bit peak; None where that is unknown
+    loss: float  # mean over the measured steps: proof that they were real
+
+
+def measure_training(
+    config: Config, tokens: Tokens, vocab_size: int, runtime: Runtime, *, steps: int, max_seconds: float
+) -> TrainingSpeed:
+    """Time whole steps (data, forward, backward, clip, optimizer) of a fresh model; the cold first one apart."""
+    train = config.train
+    seed_everything(train.seed)
+    start = time.perf_counter()
+    model = GPT(config.model, vocab_size).to(runtime.device)
+    optimizer, scaler, counters = make_optimizer(model, train), runtime.scaler(), Statistics.zeros(runtime.device)
+    batches = Batches(
+        tokens, config.model.block_size, train.batch_size,
+        seed=train.seed, sampling=config.data.sampling, device=runtime.device,
+    )  # fmt: skip
+    forward, _ = runtime.wrap(model, batches.at(0, slice(0, train.batch_size // train.accumulation))[0])
+
+    def step(number: int) -> None:
+        x, y = batches.at(number)
+        pieces = list(zip(x.chunk(train.accumulation), y.chunk(train.accumulation), strict=True))
+        train_step(forward, optimizer, scaler, pieces, config, runtime, counters, number)
+        runtime.synchronize()
+
+    step(0)
+    first = time.perf_counter() - start
+    seconds: list[float] = []
+    begin = time.perf_counter()
+    while not seconds or (len(seconds) < steps and time.perf_counter() - begin < max_seconds):
+        now = time.perf_counter()
+        step(len(seconds) + 1)
+        seconds.append(time.perf_counter() - now)
+    median, tokens_per_step = statistics.median(seconds), train.batch_size * config.model.block_size
+    peak = peak_flops(runtime.device)
+    return TrainingSpeed(
+        median, tokens_per_step / median, first, peak_memory_bytes(runtime.device),
+        model.flops_per_token() * tokens_per_step / median / peak if peak else None,
+        counters.loss_sum.item() / (len(seconds) + 1),
+    )  # fmt: skip
+
+
+def measure_decoding(
+    config: Config, vocab_size: int, runtime: Runtime, *, streams: int, tokens: int, max_seconds: float
+) -> float:
+    """Tokens per second, over all streams, of a fresh model sampling from a one-token prompt."""
+    model = GPT(config.model, vocab_size).to(runtime.device)
+    prompt = torch.zeros(streams, 1, dtype=torch.long, device=runtime.device)
+    for _ in generate(model, prompt, 4, Sampling()):  # warm up
+        pass
+    runtime.synchronize()
+    start, made = time.perf_counter(), 0
+    for _ in generate(model, prompt, tokens, Sampling()):
+        made += 1
+        if time.perf_counter() - start > max_seconds:
+            break
+    runtime.synchronize()
+    return made * streams / (time.perf_counter() - start)
+
+
+def random_tokens(n: int, vocab_size: int) -> Tokens:
+    """A stand-in for a corpus where only speed matters."""
+    return (
+        np.random.default_rng(0).integers(0, vocab_size, size=n).astype(np.uint16 if vocab_size <= 65536 else np.uint32)
+    )
+
+
+def estimate_memory(config: Config, vocab_size: int) -> dict[str, int]:
+    """Bytes that training needs, by part: weights, gradients, Adam's two moments, activations of one micro batch.
+
+    Activations are what autograd saves for the backward pass, counted on real passes of one and of two rows and drawn
+    out in a straight line to the whole micro batch; what kernels need besides is not in it.
+    """
+    model = GPT(config.model, vocab_size)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    one, two = (_saved_bytes(model, torch.zeros(rows, config.model.block_size, dtype=torch.long)) for rows in (1, 2))
+    rows = config.train.batch_size // config.train.accumulation
+    return {
+        "weights": weights, "gradients": weights, "optimizer": 2 * weights,
+        "activations": max(0, one + (two - one) * (rows - 1)),
+    }  # fmt: skip
+
+
+def _saved_bytes(model: GPT, idx_BT: Tensor) -> int:
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, int] = {}
+    alive: list[Tensor] = []  # so that no storage is freed and its address used again
+
+    def note(tensor: Tensor) -> Tensor:
+        if (storage := tensor.untyped_storage()).data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        lm_loss(model(idx_BT), idx_BT)
+    return sum(saved.values())

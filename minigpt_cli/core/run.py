@@ -1,0 +1,101 @@
+"""The run folder: what lies in it, who may write to it, which checkpoint to go on from."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from minigpt_cli.core import checkpoint
+from minigpt_cli.core.errors import CheckpointError, UserError
+from minigpt_cli.core.files import TEMPORARY
+
+
+class RunFolder:
+    """The files of one run. Made by `open_run`, which holds the lock."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.last = path / "last.safetensors"
+        self.best = path / "best.safetensors"
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.picture = path / "loss.png"
+
+    def snapshot(self, step: int) -> Path:
+        return self.path / f"step-{step:08d}.safetensors"
+
+    def snapshots(self) -> list[Path]:
+        """Numbered snapshots, oldest first."""
+        return sorted(self.path.glob("step-*.safetensors"))
+
+    def holds_run(self) -> bool:
+        return any(path.exists() for path in (self.last, self.best, self.metrics))
+
+    def clear(self) -> None:
+        """Remove the files of the run that was here, and nothing else."""
+        for path in (self.last, self.best, self.config, self.metrics, self.picture, *self.snapshots()):
+            path.unlink(missing_ok=True)
+
+    def newest(self) -> tuple[checkpoint.Checkpoint, list[str]]:
+        """The newest checkpoint that verifies, and what to tell about those that did not.
+
+        `last` and the snapshots hold everything; `best` holds weights only and is the last resort. Raises UserError
+        if there is none, CheckpointError if none verifies.
+        """
+        complete = [path for path in (self.last, *reversed(self.snapshots())) if path.exists()]
+        candidates = [*complete, *([self.best] if self.best.exists() else [])]
+        if not candidates:
+            raise UserError(f"{self.path}: no checkpoint to resume from; run without --resume to start")
+        problems = []
+        for path in candidates:
+            try:
+                found = checkpoint.load(path)
+            except CheckpointError as error:
+                problems.append(str(error))
+                continue
+            if problems:
+                problems.append(f"going on from {path.name}, step {found.header.step}")
+            if path == self.best:
+                problems.append("it has no optimizer state: the next steps will not be exactly those of the lost run")
+            return found, problems
+        raise CheckpointError("; ".join(problems))
+
+
+@contextlib.contextmanager
+def open_run(path: Path) -> Iterator[RunFolder]:
+    """Make the folder if need be, take its lock, prove that it can be written, sweep up after killed processes.
+
+    Raises UserError if another process trains here or the folder cannot be written. The lock is the system's: it goes
+    when its holder does, however it dies.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{path}: {_owner(path)} is training here; wait for it, or use another --out") from None
+    except (OSError, NotImplementedError) as error:
+        raise UserError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        for stale in path.glob(f"{TEMPORARY}*"):
+            stale.unlink(missing_ok=True)
+        owner = path / ".owner.json"
+        owner.write_text(json.dumps({"pid": os.getpid(), "host": platform.node()}))
+        yield RunFolder(path)
+        owner.unlink(missing_ok=True)
+    finally:
+        lock.release()
+
+
+def _owner(path: Path) -> str:
+    try:
+        owner = json.loads((path / ".owner.json").read_text())
+        return f"process {int(owner['pid'])} on {owner['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

@@ -1,0 +1,176 @@
+"""What machine this is, and what it is good at: device, precision, compiling, memory. The only file that asks.
+
+Everything here is a choice between wrappings of the same code: the model and the training step do not know.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from minigpt_cli.core.config import RuntimeConfig
+from minigpt_cli.core.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Dense bf16 (fp16 where there is none) tensor-core TFLOP/s by the vendors' data sheets, for model FLOPs utilisation.
+PEAK_TFLOPS = {
+    "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70,
+    "RTX 5090": 210, "RTX 4090": 165, "RTX 4060 Laptop": 59, "RTX 3090": 71, "V100": 125, "T4": 65,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how to compute. `notes` says what was chosen automatically, and why."""
+
+    device: torch.device
+    precision: str  # fp32 | bf16 | fp16
+    compile: bool
+    notes: tuple[str, ...] = ()
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Matrix products in the chosen precision; weights, norms and the loss stay in float32."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=DTYPES[self.precision])
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Loss scaling, which only fp16 needs (Micikevicius et al. 2018, arXiv:1710.03740)."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given, so that a clock tells the truth."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def wrap(self, model: torch.nn.Module, example: torch.Tensor) -> tuple[Callable[..., torch.Tensor], str | None]:
+        """The model as a callable, compiled if so chosen; and what to tell the user when that was not possible.
+
+        Compiling happens at the first call, so it is called here, forward and backward, on an `example` input.
+        """
+        if not self.compile:
+            return model, None
+        try:
+            compiled = torch.compile(model)
+            with self.autocast():
+                compiled(example).sum().backward()
+            return compiled, None
+        except Exception as error:  # compiling is a wrapping: whatever stops it, training goes on without
+            return model, f"compile: failed, going on without it ({first_line(error)})"
+        finally:
+            model.zero_grad(set_to_none=True)
+
+
+def choose_runtime(config: RuntimeConfig, *, width: int, rows: int) -> Runtime:
+    """Turn `auto` into decisions for this machine; `width` and `rows` are the sizes of the model's matrix products.
+
+    Raises UserError when the config asks for what the machine has not.
+    """
+    device, notes = _choose_device(config.device)
+    precision, note = _choose_precision(config.precision, device, width, rows)
+    notes += [note] if note else []
+    compiling = config.compile is True or (config.compile == "auto" and device.type == "cuda")
+    if config.compile == "auto":
+        notes.append("compile: " + ("on, CUDA gains from it" if compiling else f"off, {device.type} gains too little"))
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+    return Runtime(device, precision, compiling, tuple(notes))
+
+
+def seed_everything(*key: int) -> None:
+    """Seed torch's default generators, which initialisation and dropout draw from, as a pure function of `key`."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory used so far: on CUDA by the allocator, elsewhere by this process (0 on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense 16-bit FLOP/s by the data sheet, or None where we do not know the device."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS.items() if key in name), None)
+
+
+def describe_device(device: torch.device) -> str:
+    """For people and for benchmark tables: `NVIDIA H100 80GB HBM3`, or `cpu (x86_64, 2 threads)`."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type's name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _choose_device(asked: str) -> tuple[torch.device, list[str]]:
+    if asked == "auto":
+        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(found), [f"device: {found}"]
+    device = torch.device(asked)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        there = torch.cuda.device_count()
+        raise UserError(
+            f"device {asked} was asked for, but PyTorch sees {there or 'no'} CUDA devices; try --device cpu"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device mps was asked for, but this machine has none; try --device cpu")
+    return device, []
+
+
+def _choose_precision(asked: str, device: torch.device, width: int, rows: int) -> tuple[str, str | None]:
+    if asked != "auto":
+        if asked == "fp16" and device.type == "cpu":
+            raise UserError("precision fp16 needs a GPU; on a CPU use bf16 or fp32")
+        if asked == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise UserError("precision bf16 is not supported by this GPU; use fp16 or fp32")
+        return asked, None
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "precision: bf16, which this GPU supports"
+        return "fp16", "precision: fp16, this GPU has no bf16"
+    if device.type == "mps":
+        return "fp32", "precision: fp32, the safe choice on mps"
+    ratio = _bf16_speedup(width, min(rows, 4096))
+    if ratio >= 1.5:  # the casts around each product eat a small gain
+        return "bf16", f"precision: bf16, this CPU multiplies matrices {ratio:.1f}x as fast in it (measured just now)"
+    return "fp32", f"precision: fp32, bf16 would run at {ratio:.1f}x on this CPU (measured just now)"
+
+
+def _bf16_speedup(width: int, rows: int) -> float:
+    """Time of a float32 feed-forward product over that of a bf16 one, measured: instruction sets differ too much."""
+    seconds = []
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(rows, width, dtype=dtype), torch.ones(width, 4 * width, dtype=dtype)
+        best = float("inf")
+        for _ in range(4):  # the first warms up
+            start = time.perf_counter()
+            a @ b
+            best = min(best, time.perf_counter() - start)
+        seconds.append(best)
+    return seconds[0] / seconds[1]

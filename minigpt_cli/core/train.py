@@ -1,0 +1,378 @@
+"""The training loop. `train` is the order of things, `train_step` the algorithm; neither knows YAML or a terminal.
+
+What a step does depends only on the weights, the optimizer's state, and (seed, step): so a run can be stopped, resumed,
+evaluated or sampled at any moment without changing what is learned.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minigpt_cli.core import checkpoint
+from minigpt_cli.core.checkpoint import MODEL, OPTIMIZER, Checkpoint, Progress
+from minigpt_cli.core.config import Config, config_difference
+from minigpt_cli.core.dataset import Batches, Dataset
+from minigpt_cli.core.errors import MinigptError, UserError
+from minigpt_cli.core.evaluate import evaluate
+from minigpt_cli.core.generate import Sampling, generate
+from minigpt_cli.core.metrics import Listener
+from minigpt_cli.core.model import GPT, lm_loss
+from minigpt_cli.core.optim import learning_rate_at, make_optimizer, set_learning_rate
+from minigpt_cli.core.run import RunFolder
+from minigpt_cli.core.runtime import Runtime, seed_everything
+from minigpt_cli.core.tokenizer import Tokenizer, from_json
+
+SAMPLE_TOKENS = 200
+
+
+@dataclass
+class Statistics:
+    """What a step measures. Kept on the device, so that a step never waits for the host; read when due."""
+
+    loss_sum: Tensor  # of the steps since the last log
+    failed_at: Tensor  # the first step whose loss or gradient was not finite; -1 while all is well
+
+    @classmethod
+    def zeros(cls, device: torch.device) -> Statistics:
+        return cls(torch.zeros((), device=device), torch.full((), -1, device=device))
+
+
+def train_step(
+    model: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+    micro_batches: Sequence[tuple[Tensor, Tensor]], config: Config, runtime: Runtime, statistics: Statistics, step: int,
+) -> None:  # fmt: skip
+    """One optimizer step over `micro_batches`, pairs (x, y) of equal shape (B, T). Reads nothing back to the host.
+
+    When the loss or the gradient is not finite, this step and every later one leave the weights as they are, and
+    `statistics.failed_at` says where that began. (With fp16 an overflowing gradient is the scaler's business.)
+    """
+    seed = config.train.seed
+    for i, (x_BT, y_BT) in enumerate(micro_batches):
+        seed_everything(seed, step, i)  # the dropout masks
+        with runtime.autocast():
+            logits_BTV = model(x_BT)
+        loss = lm_loss(logits_BTV, y_BT) / len(micro_batches)
+        scaler.scale(loss).backward()
+        statistics.loss_sum += loss.detach()
+        _latch_failure(statistics, loss.detach(), step)
+    scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if config.train.grad_clip:
+        torch.nn.utils.clip_grads_with_norm_(parameters, config.train.grad_clip, norm)
+    if not scaler.is_enabled():
+        _latch_failure(statistics, norm, step)
+        optimizer.found_inf = (statistics.failed_at >= 0).float()  # type: ignore[attr-defined] # fused AdamW skips then
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _latch_failure(statistics: Statistics, value: Tensor, step: int) -> None:
+    failed = (statistics.failed_at < 0) & ~torch.isfinite(value)
+    statistics.failed_at = torch.where(failed, step, statistics.failed_at)
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended. `reason`: finished | patience | time | stopped."""
+
+    reason: str
+    progress: Progress
+    epochs: float
+    best: Path | None
+    last: Path
+
+
+def train(
+    config: Config, dataset: Dataset, folder: RunFolder, runtime: Runtime, listeners: Sequence[Listener], *,
+    resume: Checkpoint | None = None, stop: Callable[[], object] = lambda: None,
+) -> Result:  # fmt: skip
+    """Train until `max_iters`, `max_minutes`, `patience` or `stop()` says so, and leave the run in `folder`.
+
+    `stop` is asked after every step; when it answers with something true the run saves and returns. Raises
+    MinigptError when the loss or the gradient is not finite, or when a checkpoint cannot be written.
+    """
+    try:
+        trainer = Trainer(config, dataset, folder, runtime, listeners, resume, stop)
+        try:
+            reason = trainer.run()
+        finally:
+            trainer.saver.close()
+    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU
+        if not any(words in str(error) for words in ("out of memory", "not enough memory", "can't allocate memory")):
+            raise
+        batch, rows = config.train.batch_size, config.train.batch_size // config.train.accumulation
+        smaller = max((d for d in range(1, rows // 2 + 1) if batch % d == 0), default=None)
+        remedy = f"--set train.micro_batch_size={smaller} trains the same in less" if smaller else "use a smaller model"
+        raise MinigptError(
+            f"out of memory on {runtime.device} with {rows} sequences at a time; {remedy}"
+            + (" (with --resume, from the last checkpoint)" if folder.last.exists() else "")
+        ) from None
+    tokens = trainer.progress.step * config.train.batch_size * config.model.block_size
+    best = folder.best if folder.best.exists() else None
+    return Result(reason, trainer.progress, tokens / max(1, len(dataset.train)), best, folder.last)
+
+
+class Trainer:
+    """The state of a run: model, optimizer, scaler, progress, and the loop over them."""
+
+    def __init__(
+        self, config: Config, dataset: Dataset, folder: RunFolder, runtime: Runtime, listeners: Sequence[Listener],
+        resume: Checkpoint | None, stop: Callable[[], object],
+    ) -> None:  # fmt: skip
+        self.config, self.dataset, self.folder, self.runtime = config, dataset, folder, runtime
+        self.listeners, self.stop = listeners, stop
+        self.tokenizer: Tokenizer = from_json(dataset.meta.tokenizer)
+        self.batches = Batches(
+            dataset.train, config.model.block_size, config.train.batch_size,
+            seed=config.train.seed, sampling=config.data.sampling, device=runtime.device,
+        )  # fmt: skip
+        seed_everything(config.train.seed)
+        self.model = resume.model(runtime.device) if resume else make_model(config, self.tokenizer, runtime)
+        self.optimizer = make_optimizer(self.model, config.train)
+        self.scaler = runtime.scaler()
+        self.statistics = Statistics.zeros(runtime.device)
+        self.progress = Progress(precision=runtime.precision)
+        if resume:
+            self._restore(resume)
+        self.forward, note = runtime.wrap(
+            self.model, self.batches.at(0, slice(0, config.train.batch_size // config.train.accumulation))[0]
+        )
+        if note:
+            self._tell(lambda listener: listener.note(note))
+        self.saver = BackgroundSaver(self._saved)
+        self.saved_at = self.progress.step if resume else -1
+        self.started = time.perf_counter() - self.progress.seconds
+
+    def run(self) -> str:
+        """The order of things. Returns the reason it ended."""
+        train, progress = self.config.train, self.progress
+        log_from = (progress.step, time.perf_counter())  # tokens/s are counted over steps, not over evaluations
+        if progress.step and progress.step % train.eval_interval == 0 and progress.evaluated_at < progress.step:
+            self._save(last=False, best=self._evaluate())  # the run was stopped between this step and its evaluation
+        while (reason := self._reason_to_end()) is None:
+            self._step()
+            self.saver.poll()
+            if progress.step % train.log_interval == 0 or progress.step == train.max_iters:
+                log_from = self._log(log_from)
+            if not self.stop():
+                pause = time.perf_counter()
+                better = progress.step % train.eval_interval == 0 and self._evaluate()
+                if train.sample_interval and progress.step % train.sample_interval == 0:
+                    self._sample()
+                self._save(last=progress.step % train.checkpoint_interval == 0, best=better)
+                log_from = (log_from[0], log_from[1] + time.perf_counter() - pause)
+            self._tell(lambda listener: listener.progress(progress.step))
+        better = reason != "stopped" and progress.evaluated_at < progress.step and self._evaluate()
+        self._save(last=self.saved_at < progress.step, best=better)
+        self.saver.wait()
+        return reason
+
+    def _reason_to_end(self) -> str | None:
+        train, progress = self.config.train, self.progress
+        if progress.step >= train.max_iters:
+            return "finished"
+        if self.stop():
+            return "stopped"
+        if train.patience is not None and progress.worse >= train.patience:
+            return "patience"
+        if train.max_minutes is not None and self._seconds() >= 60 * train.max_minutes:
+            return "time"
+        return None
+
+    def _step(self) -> None:
+        step, train = self.progress.step, self.config.train
+        set_learning_rate(self.optimizer, learning_rate_at(step, train))
+        x, y = self.batches.at(step)
+        pieces = list(zip(x.chunk(train.accumulation), y.chunk(train.accumulation), strict=True))
+        train_step(self.forward, self.optimizer, self.scaler, pieces, self.config, self.runtime, self.statistics, step)
+        self.progress.step = step + 1
+
+    def _log(self, log_from: tuple[int, float]) -> tuple[int, float]:
+        """One record of the steps since the last. Here the host waits for the device."""
+        progress, train = self.progress, self.config.train
+        self._check_finite()
+        loss = self.statistics.loss_sum.item() / (progress.step - progress.logged_at)
+        self.statistics.loss_sum.zero_()
+        progress.logged_at = progress.step
+        now = time.perf_counter()
+        tokens = (progress.step - log_from[0]) * train.batch_size * self.config.model.block_size
+        self._record(
+            train_loss=loss,
+            lr=learning_rate_at(progress.step - 1, train),
+            tokens_per_second=tokens / (now - log_from[1]),
+        )
+        return progress.step, now
+
+    def _evaluate(self) -> bool:
+        """Score the validation split; true if no evaluation of this run was better."""
+        progress = self.progress
+        self._check_finite()
+        score = evaluate(self.model, self.dataset.val, self.runtime, stop=self.stop)
+        if score is None:  # asked to stop; the evaluation is made up for when the run is resumed
+            return False
+        if not math.isfinite(score.loss):
+            raise self._diverged(progress.step)
+        progress.val_loss, progress.evaluated_at = score.loss, progress.step
+        self._record(val_loss=score.loss, val_standard_error=score.standard_error)
+        if progress.best_loss is not None and score.loss >= progress.best_loss:
+            progress.worse += 1
+            return False
+        progress.best_loss, progress.best_step, progress.worse = score.loss, progress.step, 0
+        return True
+
+    def _sample(self) -> None:
+        generator = torch.Generator(self.runtime.device).manual_seed(self.config.train.seed)
+        prompt = torch.zeros(1, 1, dtype=torch.long, device=self.runtime.device)
+        with self.runtime.autocast():
+            ids = [
+                int(ids_B) for ids_B, _ in generate(self.model, prompt, SAMPLE_TOKENS, Sampling(), generator=generator)
+            ]
+        self.model.train()
+        self._tell(lambda listener: listener.sample(self.progress.step, self.tokenizer.decode(ids)))
+
+    def _save(self, *, last: bool, best: bool) -> None:
+        """Hand copies of the state to the background thread: everything for `last`, the model only for `best`."""
+        if not (last or best):
+            return
+        self._check_finite()
+        progress, folder = self.progress, self.folder
+        if progress.evaluated_at < progress.step:
+            self._check_weights()
+        progress.loss_sum, progress.seconds = self.statistics.loss_sum.item(), self._seconds()
+        progress.scaler = self.scaler.state_dict()
+        header = {
+            "config": self.config.model_dump(), "tokenizer": self.dataset.meta.tokenizer, "step": progress.step,
+            "tokens_seen": progress.step * self.config.train.batch_size * self.config.model.block_size,
+            "val_loss": progress.val_loss if progress.evaluated_at == progress.step else None,
+            "dataset_fingerprint": self.dataset.meta.fingerprint, "progress": progress.model_copy(),
+        }  # fmt: skip
+        weights = {MODEL + name: _to_host(tensor) for name, tensor in self.model.state_dict().items()}
+        files = [(folder.best, weights)] if best else []
+        if last:
+            moments = {
+                f"{OPTIMIZER}{name}.{key}": _to_host(value)
+                for name, parameter in self.model.named_parameters()
+                for key, value in self.optimizer.state[parameter].items()
+            }
+            paths = [folder.last, *([folder.snapshot(progress.step)] if self.config.train.keep else [])]
+            files += [(path, weights | moments) for path in paths]
+            self.saved_at = progress.step
+        self.saver.submit(files, header)
+
+    def _saved(self, path: Path, step: int) -> None:
+        if self.config.train.keep:
+            for old in self.folder.snapshots()[: -self.config.train.keep]:
+                old.unlink(missing_ok=True)
+        self._tell(lambda listener: listener.saved(path, step))
+
+    def _restore(self, saved: Checkpoint) -> None:
+        self.progress = saved.header.progress.model_copy(update={"precision": self.runtime.precision})
+        self.statistics.loss_sum.fill_(self.progress.loss_sum)
+        parameters = dict(self.model.named_parameters())
+        for name, tensor in saved.part(OPTIMIZER).items():
+            parameter, _, key = name.rpartition(".")
+            self.optimizer.state[parameters[parameter]][key] = tensor.to(self.runtime.device)
+        if self.progress.scaler and self.scaler.is_enabled():
+            self.scaler.load_state_dict(self.progress.scaler)
+
+    def _check_finite(self) -> None:
+        if (step := int(self.statistics.failed_at)) >= 0:
+            raise self._diverged(step)
+
+    def _check_weights(self) -> None:
+        """Before weights that no evaluation has seen replace a good checkpoint: do they still give a finite loss?"""
+        x, y = self.batches.at(self.progress.step, slice(0, 1))
+        self.model.eval()
+        with torch.no_grad(), self.runtime.autocast():
+            finite = bool(torch.isfinite(lm_loss(self.model(x), y)))
+        self.model.train()
+        if not finite:
+            raise self._diverged(self.progress.step)
+
+    def _diverged(self, step: int) -> MinigptError:
+        self.saver.wait()
+        kept = f"{self.folder.last} is as it was" if self.folder.last.exists() else "no checkpoint was written"
+        return MinigptError(
+            f"the loss or its gradient is not finite at step {step}; {kept}. "
+            f"Lower train.learning_rate (now {self.config.train.learning_rate:g}), add train.warmup_iters, "
+            "or set train.grad_clip=1.0"
+        )
+
+    def _record(self, **values: float) -> None:
+        record = {"step": self.progress.step, **values, "seconds": round(self._seconds(), 3)}
+        self._tell(lambda listener: listener.log(record))
+
+    def _tell(self, what: Callable[[Listener], None]) -> None:
+        for listener in self.listeners:
+            what(listener)
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+
+def make_model(config: Config, tokenizer: Tokenizer, runtime: Runtime) -> GPT:
+    """A fresh model on its device, drawn on the CPU, so that every device starts from the same weights."""
+    return GPT(config.model, tokenizer.vocab_size).to(runtime.device)
+
+
+class BackgroundSaver:
+    """Writes checkpoints in one thread, one save in flight; what goes wrong there is raised at the next step here."""
+
+    def __init__(self, announce: Callable[[Path, int], None]) -> None:
+        self._announce = announce
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: list[tuple[Future[None], Path, int]] = []
+
+    def submit(self, files: Sequence[tuple[Path, dict[str, Tensor]]], header: dict[str, Any]) -> None:
+        """Write (path, tensors) each with the same header. The caller gives the tensors away: they must be copies."""
+        self.wait()
+        for path, tensors in files:
+            self._pending.append((self._executor.submit(checkpoint.save, path, tensors, header), path, header["step"]))
+
+    def poll(self) -> None:
+        """Announce what has been written; raise what has failed. Does not wait."""
+        while self._pending and self._pending[0][0].done():
+            future, path, step = self._pending.pop(0)
+            future.result()
+            self._announce(path, step)
+
+    def wait(self) -> None:
+        for future, _, _ in self._pending:
+            future.exception()  # waits; `poll` raises
+        self.poll()
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=True)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def check_resumable(
+    saved: Checkpoint, config: Config, dataset: Dataset, *, allow_data_change: bool
+) -> dict[str, tuple[Any, Any]]:
+    """What the new settings change, as dotted key -> (old, new). Raises UserError if the run cannot go on with them."""
+    changed = config_difference(saved.config, config)
+    fixed = {key: values for key, values in changed.items() if key.startswith("model.") and "dropout" not in key}
+    fixed |= {key: values for key, values in changed.items() if key == "train.optimizer"}
+    if fixed:
+        shown = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in fixed.items())
+        raise UserError(f"cannot resume {saved.path} as another model ({shown}); start a new run with --out")
+    if saved.header.dataset_fingerprint != dataset.meta.fingerprint and not allow_data_change:
+        raise UserError(
+            f"{dataset.folder} is not the data that {saved.path} was trained on; "
+            "use the old data, or go on with this with --allow-data-change"
+        )
+    return changed

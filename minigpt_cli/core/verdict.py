@@ -1,0 +1,52 @@
+"""What a finished run's numbers mean, in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from minigpt_cli.core.metrics import Record
+from minigpt_cli.core.train import Result
+
+NOTICEABLE = 0.01  # a difference of loss, relative, that is worth a word
+
+
+def verdict(result: Result, records: Sequence[Record]) -> list[str]:
+    """Sentences: best step, epochs seen, whether it overfits, what to change. `records` is metrics.jsonl."""
+    progress = result.progress
+    losses = [record["val_loss"] for record in records if "val_loss" in record]
+    training = [record["train_loss"] for record in records if "train_loss" in record][-10:]
+    if progress.best_loss is None or not losses:
+        return [f"Stopped after step {progress.step}, before the first evaluation."]
+    lines = [
+        f"Best validation loss {progress.best_loss:.4f} at step {progress.best_step:,}, "
+        f"after {_epochs(result, progress.best_step)}."
+    ]
+    if result.reason == "patience":
+        lines.append(f"Stopped early: {progress.worse} evaluations without a better one (train.patience).")
+    if result.reason == "time":
+        lines.append("Stopped by the time budget (train.max_minutes), before train.max_iters.")
+    last, gap = losses[-1], losses[-1] - sum(training) / len(training) if training else 0.0
+    if last > progress.best_loss * (1 + NOTICEABLE):
+        lines.append(
+            f"It overfits: since then the validation loss rose to {last:.4f} while the training loss fell on. "
+            f"Use best.safetensors; next time stop near step {progress.best_step:,} (train.max_iters or train.patience), "
+            "raise model.dropout, or add text."
+        )
+    elif len(losses) >= 3 and losses[-2] - last > NOTICEABLE / 2 * last and result.reason in ("finished", "time"):
+        more = "train.max_minutes" if result.reason == "time" else "train.max_iters"
+        lines.append(f"It was still learning at the end: a larger {more} (with --resume) will lower the loss further.")
+    elif gap > 0.15 * last:
+        lines.append(
+            f"The training loss is {gap:.2f} lower than the validation loss: the model begins to learn the text "
+            "by heart. More dropout or more text would help; a larger model would not."
+        )
+    else:
+        lines.append(
+            "No sign of overfitting; the curve has flattened. A larger model, or a longer context, could go lower."
+        )
+    return lines
+
+
+def _epochs(result: Result, step: int) -> str:
+    epochs = result.epochs * step / max(1, result.progress.step)
+    return f"{epochs:.1f} passes over the training text" if epochs >= 0.05 else "a small part of the training text"
