@@ -1,0 +1,60 @@
+"""The Typer app: one thin file per subcommand, one error boundary around them all."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from minigpt_cli import __version__
+from minigpt_cli.commands.bench import bench
+from minigpt_cli.commands.console import Debug, error_boundary, make_streams_robust
+from minigpt_cli.commands.eval import evaluate
+from minigpt_cli.commands.prepare import prepare
+from minigpt_cli.commands.sample import sample
+from minigpt_cli.commands.train import train
+
+
+class _Group(TyperGroup):
+    """The group whose every command runs inside the error boundary."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with error_boundary():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=_Group, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, help="""
+    Turn a text file into a small GPT.
+
+    First steps: minigpt prepare data/input.txt, then minigpt train --config cpu,
+    then minigpt sample --ckpt checkpoints/last.safetensors --tokens 500.
+    """,
+)  # fmt: skip
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(f"minigpt {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    pass
+
+
+for name, command in (("prepare", prepare), ("train", train), ("sample", sample), ("eval", evaluate), ("bench", bench)):
+    app.command(name)(command)
+
+
+def main() -> None:
+    """The entry point of the `minigpt` script and of `python -m minigpt_cli`."""
+    make_streams_robust()
+    app(prog_name="minigpt")

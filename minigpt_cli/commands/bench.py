@@ -1,0 +1,88 @@
+"""`minigpt bench`: how fast this machine trains and samples a config."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from minigpt_cli.commands.console import Debug, note, print_table
+
+
+def bench(
+    config: Annotated[
+        str, typer.Option("--config", help="A YAML file, or the name of a shipped config: cpu, gpt, v2, bigram.")
+    ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change one setting: section.key=value. Repeatable.", metavar="K=V"),
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps to time, at most.")] = 20,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens to decode.")] = 500,
+    streams: Annotated[int, typer.Option("--streams", min=1, help="Samples to decode side by side.")] = 1,
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0, help="Time for each of the two measurements, at most.")
+    ] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Time real training steps (data, forward, backward, clip, optimizer) and decoding.
+
+    Uses the config's dataset where it is prepared, random tokens of 65 kinds where it is not. The median step counts;
+    the first, cold step is given apart. Close other programs: they cost more than you think.
+
+    Example: minigpt bench --config gpt --set train.batch_size=8 --json
+    """
+    from pathlib import Path
+
+    import torch
+
+    from minigpt_cli.core.config import load_config, parse_override
+    from minigpt_cli.core.dataset import Dataset, require_window
+    from minigpt_cli.core.measure import measure_decoding, measure_training, random_tokens
+    from minigpt_cli.core.model import GPT
+    from minigpt_cli.core.runtime import choose_runtime, describe_device
+    from minigpt_cli.core.tokenizer import from_json
+
+    overrides = [parse_override(text) for text in settings or []]
+    overrides += [("runtime.device", device)] if device is not None else []
+    chosen = load_config(config, overrides)
+    rows = chosen.train.batch_size // chosen.train.accumulation * chosen.model.block_size
+    runtime = choose_runtime(chosen.runtime, width=chosen.model.n_embd, rows=rows)
+    for line in runtime.notes:
+        note(line)
+    if Path(chosen.data.path).is_dir():
+        dataset = Dataset(chosen.data.path)
+        data, vocab_size, corpus = dataset.train, from_json(dataset.meta.tokenizer).vocab_size, chosen.data.path
+    else:
+        vocab_size, corpus = 65, "random tokens"
+        data = random_tokens(max(1_000_000, 2 * chosen.model.block_size), vocab_size)
+    require_window(data, chosen.model.block_size)
+    training = measure_training(chosen, data, vocab_size, runtime, steps=steps, max_seconds=seconds)
+    decoding = measure_decoding(chosen, vocab_size, runtime, streams=streams, tokens=tokens, max_seconds=seconds)
+    result: dict[str, Any] = {
+        "train_tokens_per_second": training.tokens_per_second, "decode_tokens_per_second": decoding,
+        "peak_memory_bytes": training.peak_memory_bytes,
+        "parameters": GPT(chosen.model, vocab_size).parameter_counts()["total"],
+        "step_seconds": training.step_seconds, "first_step_seconds": training.first_step_seconds,
+        "flops_utilisation": training.flops_utilisation, "decode_streams": streams, "data": corpus,
+        "device": describe_device(runtime.device), "precision": runtime.precision, "compiled": runtime.compile,
+        "torch": torch.__version__,
+    }  # fmt: skip
+    if as_json:
+        print(json.dumps(result))
+        return
+    mfu = training.flops_utilisation
+    rows_shown = [
+        ("training", f"{training.tokens_per_second:,.0f} tokens/s"),
+        ("one step", f"{training.step_seconds * 1e3:,.1f} ms (the first, cold: {training.first_step_seconds:,.1f} s)"),
+        ("decoding", f"{decoding:,.0f} tokens/s ({streams} stream{'s' if streams > 1 else ''})"),
+        ("peak memory", f"{training.peak_memory_bytes / 1e6:,.0f} MB"),
+        ("model FLOPs utilisation", f"{mfu:.1%}" if mfu is not None else "unknown: no data-sheet peak for this device"),
+        ("parameters", f"{result['parameters']:,}"),
+        ("data", corpus),
+        ("device", f"{result['device']}, {runtime.precision}{', compiled' if runtime.compile else ''}"),
+    ]
+    print_table(f"bench {config}", rows_shown)

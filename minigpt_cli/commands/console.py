@@ -1,0 +1,152 @@
+"""What the commands show: progress, tables, text that is safe for a terminal; and the one error boundary.
+
+Results go to stdout; progress, notes and errors go to stderr. Rich is imported when something is drawn, not before.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from minigpt_cli.core.errors import MinigptError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+_debug = False
+
+
+def _set_debug(value: bool) -> bool:
+    global _debug
+    _debug = _debug or value
+    return value
+
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.", callback=_set_debug)]
+
+# C0 and C1 controls (tab and newline stay), DEL, and the Unicode marks that reorder or hide text on a screen.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+
+
+def safe(text: object) -> str:
+    """`text` with every control character spelled out (ESC becomes \\x1b), so that no file can drive a terminal."""
+    return _UNSAFE.sub(lambda m: m[0].encode("unicode_escape").decode("ascii"), str(text))
+
+
+def stdout() -> Console:
+    """A Rich console for results. Tables are drawn 100 columns wide where there is no terminal to ask."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+
+
+def stderr() -> Console:
+    """A Rich console for progress and notes."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def note(message: str) -> None:
+    """One plain line on stderr, for people."""
+    print(safe(message), file=sys.stderr, flush=True)
+
+
+def print_table(title: str, rows: Sequence[tuple[object, ...]], headers: Sequence[str] | None = None) -> None:
+    """A small table on stdout: label columns to the left, the last column to the right. Values are made safe here."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(safe(title)), title_justify="left", show_header=headers is not None)
+    width = len(headers) if headers else len(rows[0])
+    for i in range(width):
+        table.add_column(safe(headers[i]) if headers else "", justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*(Text(safe(cell)) for cell in row))
+    stdout().print(table)
+
+
+def duration(seconds: float) -> str:
+    """`1 h 20 min`, or `3 min 20 s` below an hour."""
+    hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {int(seconds % 60)} s"
+
+
+@contextmanager
+def progress_bar(description: str, total: float | None, unit: str = "") -> Iterator[Progress]:
+    """A Rich progress bar with an ETA on stderr, gone when done; nothing at all where stderr is no terminal.
+
+    Yields the `Progress`; its only task is `progress.task_ids[0]`. `unit="bytes"` shows sizes and MB/s.
+    """
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn()]
+    columns += [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn()]
+    columns += [TextColumn("ETA"), TimeRemainingColumn()]
+    console = stderr()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        progress.add_task(safe(description), total=total)
+        yield progress
+
+
+def make_streams_robust() -> None:
+    """Let an ASCII locale spell out what it cannot print (\\u00e9) instead of failing on it."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def silence_stdout() -> None:
+    """After a closed pipe: point stdout at nothing, so that the interpreter's last flush cannot fail as well."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+@contextmanager
+def error_boundary() -> Iterator[None]:
+    """Turn whatever a command raises into a message of one or two lines and an exit code (DESIGN, section 5)."""
+    try:
+        yield
+    except BrokenPipeError:  # `minigpt sample | head -1`: the reader has had enough, and that is no failure
+        silence_stdout()
+        raise typer.Exit(0) from None
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except MinigptError as error:
+        _fail(str(error), error.exit_code)
+    except MemoryError:
+        _fail("out of memory", 1)
+    except OSError as error:
+        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error))
+        where = f": {error.filename}" if error.filename else ""
+        _fail(f"{what}{where}", 1)
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        if type(error).__module__.startswith("typer."):  # a usage error: Typer prints it and exits with 2
+            raise
+        _fail(f"internal error: {type(error).__name__}: {error} (run again with --debug for the traceback)", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    if _debug:
+        traceback.print_exc()
+    note(message if code in (130, 143) else f"minigpt: error: {message}")
+    raise typer.Exit(code) from None

@@ -1,0 +1,215 @@
+"""`minigpt sample`: a checkpoint -> text on stdout, as it is made; nothing else goes there."""
+
+from __future__ import annotations
+
+import codecs
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from minigpt_cli.commands.console import Debug, note, safe, stdout
+from minigpt_cli.core.errors import UserError
+
+if TYPE_CHECKING:
+    from minigpt_cli.core.tokenizer import Tokenizer
+
+
+def sample(
+    ckpt: Annotated[Path, typer.Option("--ckpt", help="A checkpoint: last.safetensors or best.safetensors of a run.")],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="The text to go on from. [default: token 0, not printed]")
+    ] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option("--prompt-file", help="Read the prompt from a file; - is stdin.")
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", help="How many tokens to make (of each sample).")] = 500,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="0 takes the likeliest token; above 1 is wilder.")
+    ] = 1.0,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Choose among the N likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option("--top-p", help="Choose among the likeliest tokens that hold P of the probability."),
+    ] = None,
+    num_samples: Annotated[
+        int, typer.Option("--num-samples", help="How many texts, made side by side in one batch.")
+    ] = 1,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="The same seed gives the same text. [default: a new one]")
+    ] = None,
+    stop: Annotated[str | None, typer.Option("--stop", help="End a text before this string.")] = None,
+    show_probs: Annotated[
+        bool, typer.Option("--show-probs", help="Show each token's probability and the alternatives.")
+    ] = False,
+    exact_window: Annotated[
+        bool, typer.Option("--exact-window", help="Past the context window, recompute it for every token.")
+    ] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Print control characters as they are, instead of spelled out.")
+    ] = False,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    debug: Debug = False,
+) -> None:
+    """Write text with a trained model.
+
+    Prompt and text go to stdout as they are made. When the context window is full, its newest half is kept and read
+    again, because learned positions cannot slide; --exact-window instead recomputes the whole window for every token,
+    as the original scripts did: slower, with the longest context for each token.
+
+    Example: minigpt sample --ckpt checkpoints/best.safetensors --prompt "ROMEO:" --temperature 0.8
+    """
+    _check_arguments(tokens, temperature, top_k, top_p, num_samples, seed, stop, prompt, prompt_file, show_probs)
+    if prompt_file is not None:
+        prompt = _read_prompt(prompt_file)
+    import torch
+
+    from minigpt_cli.core.checkpoint import load
+    from minigpt_cli.core.config import RuntimeConfig, parse_section
+    from minigpt_cli.core.generate import Sampling, generate
+    from minigpt_cli.core.runtime import choose_runtime
+
+    runtime = choose_runtime(
+        parse_section(RuntimeConfig, {"device": device, "precision": "fp32"}, "--device"), width=1, rows=1
+    )
+    checkpoint = load(ckpt, weights_only=True)
+    tokenizer = checkpoint.tokenizer
+    ids: list[int] = tokenizer.encode(prompt).tolist() if prompt else []
+    window = checkpoint.config.model.block_size
+    if len(ids) > window:
+        note(f"the prompt has {len(ids):,} tokens and the context {window:,}: only its newest {window:,} count")
+    if top_k is not None and top_k > tokenizer.vocab_size:
+        note(f"--top-k {top_k} is more than the vocabulary: all {tokenizer.vocab_size} tokens are allowed")
+    model = checkpoint.model(runtime.device)
+    prompt_BP = torch.tensor([ids or [0]], device=runtime.device).expand(num_samples, -1)
+    generator = torch.Generator(runtime.device)
+    generator.manual_seed(seed) if seed is not None else generator.seed()
+    stream = generate(
+        model, prompt_BP, tokens, Sampling(temperature, top_k, top_p), generator=generator, exact_window=exact_window
+    )
+    if show_probs:
+        _print_probabilities(stream, tokenizer, prompt or "")
+    elif num_samples == 1:
+        _print_stream(stream, tokenizer, prompt or "", stop, raw)
+    else:
+        texts = [_Text(tokenizer, stop) for _ in range(num_samples)]
+        for ids_B, _ in stream:
+            for text, token in zip(texts, ids_B.tolist(), strict=True):
+                text.add(token)
+            if all(text.ended for text in texts):
+                break
+        for i, text in enumerate(texts):
+            print(f"{'' if i == 0 else chr(10)}--- sample {i + 1} ---", file=sys.stderr, flush=True)
+            _write((prompt or "") + text.take() + text.finish() + "\n", raw)
+
+
+def _check_arguments(
+    tokens: int, temperature: float, top_k: int | None, top_p: float | None, num_samples: int, seed: int | None,
+    stop: str | None, prompt: str | None, prompt_file: str | None, show_probs: bool,
+) -> None:  # fmt: skip
+    wrong = [
+        (tokens < 1, f"--tokens {tokens}: ask for at least 1"),
+        (not 0 <= temperature < float("inf"), f"--temperature {temperature}: 0 (always the likeliest) or more"),
+        (top_k is not None and top_k < 1, f"--top-k {top_k}: at least 1"),
+        (top_p is not None and not 0 < top_p <= 1, f"--top-p {top_p}: above 0, at most 1"),
+        (num_samples < 1, f"--num-samples {num_samples}: at least 1"),
+        (seed is not None and not 0 <= seed < 1 << 63, f"--seed {seed}: from 0 to 2^63 - 1"),
+        (stop == "", "--stop: the text to stop at is empty"),
+        (prompt is not None and prompt_file is not None, "--prompt and --prompt-file: choose one"),
+        (show_probs and num_samples > 1, "--show-probs shows one sample: leave out --num-samples"),
+    ]
+    for is_wrong, message in wrong:
+        if is_wrong:
+            raise UserError(message)
+
+
+def _read_prompt(name: str) -> str:
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{name}: {error.strerror}") from None
+
+
+class _Text:
+    """Tokens in, whole UTF-8 text out; holds back what may yet turn out to be the beginning of the stop text."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: str | None) -> None:
+        self._pieces = tokenizer.token_bytes()
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._stop, self._held, self.ended = stop, "", False
+
+    def add(self, token: int) -> None:
+        if not self.ended:
+            self._grow(self._decoder.decode(self._pieces[token]))
+
+    def take(self) -> str:
+        """The text that is certain by now, once."""
+        if self.ended or self._stop is None:
+            certain = len(self._held)
+        else:  # the longest end of the text that the stop text begins with must wait
+            overlaps = (
+                n
+                for n in range(min(len(self._stop) - 1, len(self._held)), 0, -1)
+                if self._stop.startswith(self._held[-n:])
+            )
+            certain = len(self._held) - next(overlaps, 0)
+        text, self._held = self._held[:certain], self._held[certain:]
+        return text
+
+    def finish(self) -> str:
+        """What was still held back, and a replacement character for half a letter."""
+        if not self.ended:
+            self._grow(self._decoder.decode(b"", final=True))
+        text, self._held, self.ended = self._held, "", True
+        return text
+
+    def _grow(self, piece: str) -> None:
+        self._held += piece
+        if self._stop is not None and self._stop in self._held:
+            self._held, self.ended = self._held[: self._held.index(self._stop)], True
+
+
+def _print_stream(stream: Any, tokenizer: Tokenizer, prompt: str, stop: str | None, raw: bool) -> None:
+    _write(prompt, raw)
+    text = _Text(tokenizer, stop)
+    try:
+        for ids_B, _ in stream:
+            text.add(int(ids_B))
+            _write(text.take(), raw)
+            if text.ended:
+                break
+        _write(text.finish(), raw)
+    finally:
+        if sys.stdout.isatty():
+            print(flush=True)
+
+
+def _write(text: str, raw: bool) -> None:
+    if text:
+        sys.stdout.write(text if raw else safe(text))
+        sys.stdout.flush()
+
+
+def _print_probabilities(stream: Any, tokenizer: Tokenizer, prompt: str) -> None:
+    """A line a token: itself, the model's probability for it (before temperature and cuts), and the five likeliest."""
+    from rich.text import Text
+
+    console = stdout()
+    if prompt:
+        console.print(Text(safe(prompt)), soft_wrap=True)
+    for ids_B, logits_BV in stream:
+        probs_V = logits_BV[0].softmax(dim=-1)
+        likeliest = probs_V.topk(min(5, len(probs_V)))
+        chosen = float(probs_V[int(ids_B)])
+        colour = next(name for floor, name in ((0.5, "green"), (0.1, "yellow"), (0.0, "red")) if chosen >= floor)
+        line = Text(f"{_shown(tokenizer, int(ids_B)):<12} {chosen:7.2%}  ", style=colour)
+        others = (f"{_shown(tokenizer, int(i))} {float(p):.1%}" for p, i in zip(*likeliest, strict=True))
+        console.print(line + Text("  ".join(others), style="dim"), soft_wrap=True)
+
+
+def _shown(tokenizer: Tokenizer, token: int) -> str:
+    return safe(repr(tokenizer.token_bytes()[token].decode("utf-8", "backslashreplace")))

@@ -1,0 +1,224 @@
+"""`minigpt train`: settings -> the engine -> checkpoints, a curve, and a verdict in plain words."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from minigpt_cli.commands.console import Debug, duration, note, print_table, safe
+from minigpt_cli.core.errors import Stopped, UserError
+
+if TYPE_CHECKING:
+    from minigpt_cli.core.checkpoint import Checkpoint
+    from minigpt_cli.core.config import Config
+    from minigpt_cli.core.dataset import Dataset
+    from minigpt_cli.core.run import RunFolder
+    from minigpt_cli.core.runtime import Runtime
+
+SLOW_HOURS = 1.0  # from here on, say before starting how long it will take
+
+
+def train(
+    config: Annotated[
+        str | None,
+        typer.Option("--config", help="A YAML file, or the name of a shipped config: cpu, gpt, v2, bigram."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change one setting: section.key=value. Repeatable.", metavar="K=V"),
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", help="The run folder. [default: the config's out_dir, checkpoints]")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in the folder, exactly where it was.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    allow_data_change: Annotated[
+        bool, typer.Option("--allow-data-change", help="Resume although the dataset is another.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what it would cost; one real step; write nothing.")
+    ] = False,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Train a GPT on a prepared dataset.
+
+    The run folder gets last.safetensors (to resume from), best.safetensors (lowest validation loss), metrics.jsonl,
+    loss.png and config.yaml. Ctrl-C saves and prints the command that goes on; a second Ctrl-C leaves at once.
+
+    Example: minigpt train --config cpu --set train.max_iters=500 --out checkpoints/short
+    """
+    if resume and overwrite:
+        raise UserError("--resume goes on with a run and --overwrite replaces it: choose one")
+    from minigpt_cli.core.config import load_config, parse_override
+    from minigpt_cli.core.dataset import Dataset, require_window
+
+    overrides = [parse_override(text) for text in settings or []]
+    overrides += [("out_dir", out)] if out is not None else []
+    overrides += [("runtime.device", device)] if device is not None else []
+    if config is None and not resume:
+        raise UserError("which config? For example --config cpu (on a CPU) or --config gpt (on a GPU)")
+    chosen = load_config(config, overrides)
+    if config is None:  # resuming: the run knows its own settings
+        chosen = _settings_of_run(Path(chosen.out_dir), [("out_dir", chosen.out_dir), *overrides])
+    dataset = Dataset(chosen.data.path)
+    require_window(dataset.train, chosen.model.block_size)
+    if dry_run:
+        _show_plan(chosen, dataset)
+        return
+    _run(chosen, dataset, resume=resume, overwrite=overwrite, allow_data_change=allow_data_change)
+
+
+def _settings_of_run(folder: Path, overrides: list[tuple[str, Any]]) -> Config:
+    from minigpt_cli.core.config import load_config
+
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{folder}: no run to resume (there is no config.yaml); start one with --config")
+    return load_config(str(file), overrides)
+
+
+def _run(config: Config, dataset: Dataset, *, resume: bool, overwrite: bool, allow_data_change: bool) -> None:
+    from minigpt_cli.commands.display import Display
+    from minigpt_cli.core.files import atomic_write
+    from minigpt_cli.core.metrics import JsonLines, plot_losses, read_metrics
+    from minigpt_cli.core.run import open_run
+    from minigpt_cli.core.signals import StopSignals
+    from minigpt_cli.core.train import train as run_training
+    from minigpt_cli.core.verdict import verdict
+
+    path = Path(config.out_dir)
+    if resume and not path.is_dir():
+        raise UserError(f"{path}: no run to resume; run without --resume to start")
+    with StopSignals() as stop, open_run(path) as folder:
+        if folder.holds_run() and not (resume or overwrite):
+            raise UserError(
+                f"{path} already holds a run: --resume goes on with it, --overwrite replaces it, "
+                "--out DIR goes elsewhere"
+            )
+        saved = _load_for_resume(config, dataset, folder, allow_data_change) if resume else None
+        runtime = _choose_runtime(config, saved)
+        if saved is not None and saved.header.step >= config.train.max_iters:
+            note(
+                f"{path}: this run is finished (step {saved.header.step:,}); "
+                "to go on give it more steps: --resume --set train.max_iters=N"
+            )
+            return
+        for line in runtime.notes:
+            note(line)
+        if saved is None:
+            _warn_if_slow(config, dataset, runtime)
+            folder.clear()
+        with atomic_write(folder.config) as file:
+            file.write(config.to_yaml().encode())
+        metrics = JsonLines(folder.metrics, resume_at=saved.header.step if saved else None)
+        display = Display(config, start=saved.header.step if saved else 0)
+        try:
+            result = run_training(config, dataset, folder, runtime, [metrics, display], resume=saved, stop=stop)
+        finally:
+            metrics.close()
+            display.close()
+            with suppress(OSError):
+                plot_losses(folder.metrics, folder.picture)
+        if result.reason == "stopped":
+            raise Stopped(
+                f"stopped at step {result.progress.step:,}, all saved; go on with:\n  {_resume_command()}",
+                stop.exit_code,
+            )
+        for line in verdict(result, read_metrics(folder.metrics)):
+            print(safe(line))
+        print(f"Sample from it: minigpt sample --ckpt {shlex.quote(str(result.best or result.last))} --tokens 500")
+
+
+def _load_for_resume(config: Config, dataset: Dataset, folder: RunFolder, allow_data_change: bool) -> Checkpoint:
+    from minigpt_cli.core.train import check_resumable
+
+    saved, problems = folder.newest()
+    for problem in problems:
+        note(problem)
+    changed = check_resumable(saved, config, dataset, allow_data_change=allow_data_change)
+    for key, (old, new) in changed.items():
+        note(f"changed since the last session: {key}: {old} -> {new}")
+    note(f"resuming {saved.path} at step {saved.header.step:,}")
+    return saved
+
+
+def _choose_runtime(config: Config, saved: Checkpoint | None) -> Runtime:
+    from minigpt_cli.core.runtime import choose_runtime
+
+    wanted = config.runtime
+    if saved is not None and wanted.precision == "auto":  # a measured choice could fall otherwise this time
+        wanted = wanted.model_copy(update={"precision": saved.header.progress.precision})
+    rows = config.train.batch_size // config.train.accumulation * config.model.block_size
+    return choose_runtime(wanted, width=config.model.n_embd, rows=rows)
+
+
+def _warn_if_slow(config: Config, dataset: Dataset, runtime: Runtime) -> None:
+    """Before hours begin: measure two steps, say how long it will take, and name the config that takes minutes."""
+    if runtime.device.type == "cuda":
+        return
+    from minigpt_cli.core.measure import measure_training
+    from minigpt_cli.core.model import GPT
+    from minigpt_cli.core.tokenizer import from_json
+
+    vocab_size = from_json(dataset.meta.tokenizer).vocab_size
+    tokens = config.train.batch_size * config.model.block_size * config.train.max_iters
+    if GPT(config.model, vocab_size).flops_per_token() * tokens < 1e15:  # under an hour on anything
+        return
+    speed = measure_training(config, dataset.train, vocab_size, runtime, steps=1, max_seconds=0)
+    hours = speed.step_seconds * config.train.max_iters / 3600
+    if config.train.max_minutes is not None:
+        hours = min(hours, config.train.max_minutes / 60)
+    if hours >= SLOW_HOURS:
+        note(
+            f"warning: this will take about {hours:.0f} hours on {runtime.device} ({speed.step_seconds:.1f} s a step); "
+            "--config cpu takes minutes"
+        )
+
+
+def _resume_command() -> str:
+    arguments = [a for a in sys.argv[1:] if a not in ("--overwrite", "--resume")]
+    return shlex.join(["minigpt", *arguments, "--resume"])
+
+
+def _show_plan(config: Config, dataset: Dataset) -> None:
+    """--dry-run: what the run will cost, by arithmetic and by one real step. Writes nothing."""
+    from minigpt_cli.core.measure import estimate_memory, measure_training
+    from minigpt_cli.core.model import GPT
+    from minigpt_cli.core.runtime import describe_device
+    from minigpt_cli.core.tokenizer import from_json
+
+    runtime = _choose_runtime(config, None)
+    for line in runtime.notes:
+        note(line)
+    train, vocab_size = config.train, from_json(dataset.meta.tokenizer).vocab_size
+    counts = GPT(config.model, vocab_size).parameter_counts()
+    print_table("Parameters", [(name, f"{count:,}") for name, count in counts.items() if count])
+    per_step = train.batch_size * config.model.block_size
+    memory = estimate_memory(config, vocab_size)
+    speed = measure_training(config, dataset.train, vocab_size, runtime, steps=3, max_seconds=2)
+    evaluations = train.max_iters // train.eval_interval + 1
+    seconds = speed.step_seconds * (train.max_iters + evaluations * len(dataset.val) / per_step / 3)  # forward: a third
+    print_table(
+        "This run",
+        [
+            ("training tokens", f"{len(dataset.train):,}"),
+            ("tokens per step", f"{per_step:,}"),
+            ("steps per epoch", f"{len(dataset.train) / per_step:,.1f}"),
+            ("steps", f"{train.max_iters:,}"),
+            ("epochs", f"{train.max_iters * per_step / len(dataset.train):,.1f}"),
+            *((f"memory: {part} (estimated)", f"{size / 1e6:,.0f} MB") for part, size in memory.items()),
+            ("memory: peak in a real step", f"{speed.peak_memory_bytes / 1e6:,.0f} MB"),
+            ("device", describe_device(runtime.device)),
+            ("one step", f"{speed.step_seconds * 1e3:,.0f} ms, loss {speed.loss:.3f}"),
+            ("estimated time", duration(min(seconds, (train.max_minutes or float("inf")) * 60))),
+        ],
+    )
+    print("Nothing was written.")
