@@ -23,7 +23,7 @@ from torch import Tensor
 from minigpt_cli import __version__
 from minigpt_cli.core import tokenizer as tokenizers
 from minigpt_cli.core.config import Config, ModelConfig, parse_config
-from minigpt_cli.core.errors import CheckpointError, UserError
+from minigpt_cli.core.errors import CheckpointError, MinigptError, UserError
 from minigpt_cli.core.files import atomic_write
 from minigpt_cli.core.model import GPT
 
@@ -49,7 +49,7 @@ class Progress(BaseModel):
     loss_sum: float = 0.0  # of the steps since the last log
     logged_at: Count = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    scaler: dict[str, float] = {}  # the state of fp16's loss scaling
+    scaler: dict[str, int | float] = {}  # the state of fp16's loss scaling
 
 
 class Header(BaseModel):
@@ -165,6 +165,8 @@ def read_header(path: Path) -> Header:
                 f"{path}: made by a newer minigpt ({fields['format_version']}); update minigpt to read it"
             )
         return Header.model_validate(fields)
+    except MinigptError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except OSError as error:

@@ -1,0 +1,43 @@
+"""What many tests begin with: a tiny model's settings, a seed, and a text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+
+from minigpt_cli.core.config import ModelConfig
+
+# Every machine tries the same examples: a failure can be repeated, and nothing is red by chance.
+settings.register_profile("same-everywhere", derandomize=True, deadline=None)
+settings.load_profile("same-everywhere")
+
+# Tiny tensors gain nothing from a second thread, and on a busy machine threads that wait for one another take many
+# times as long as one.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(1337)
+
+
+@pytest.fixture
+def tiny() -> Callable[..., ModelConfig]:
+    """`tiny(mlp="gelu", ...)`: a model of two layers and two heads, 16 wide, with a window of 8."""
+
+    def make(**changes: Any) -> ModelConfig:
+        return ModelConfig(**{"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, **changes})
+
+    return make
+
+
+@pytest.fixture
+def verse() -> str:
+    """A few kilobytes that a tiny model can learn: words in an order that a seed drew."""
+    words = "the king and queen of winter come to speak no more,\n my lord; what say you?\n".split(" ")
+    order = torch.randint(len(words), (800,), generator=torch.Generator().manual_seed(7)).tolist()
+    return " ".join(words[i] for i in order)

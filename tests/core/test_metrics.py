@@ -1,0 +1,120 @@
+"""metrics.jsonl, loss.png and the run folder that holds them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from minigpt_cli.core.checkpoint import load
+from minigpt_cli.core.errors import CheckpointError, UserError
+from minigpt_cli.core.files import TEMPORARY
+from minigpt_cli.core.metrics import JsonLines, plot_losses, read_metrics
+from minigpt_cli.core.run import open_run
+from runs import RunTraining, small_config
+
+
+def test_lines_are_on_the_disk_as_they_come(tmp_path: Path) -> None:
+    metrics = JsonLines(tmp_path / "metrics.jsonl")
+    metrics.log({"step": 1, "train_loss": 2.5})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "train_loss": 2.5}\n'
+    metrics.close()
+
+
+def test_resuming_drops_what_came_after_the_checkpoint_and_a_line_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "trai')
+    metrics = JsonLines(path, resume_at=2)
+    metrics.log({"step": 3, "again": True})
+    metrics.close()
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+def test_the_picture_shows_both_curves(tmp_path: Path) -> None:
+    lines = [{"step": i, "train_loss": 4 - i / 50} for i in range(100)] + [{"step": 50, "val_loss": 3.1}]
+    (tmp_path / "m").write_text("\n".join(map(json.dumps, lines)))
+    plot_losses(tmp_path / "m", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_nothing_to_draw_draws_nothing(tmp_path: Path) -> None:
+    plot_losses(tmp_path / "none", tmp_path / "loss.png")
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_a_second_trainer_is_refused_and_told_whom_it_would_disturb(tmp_path: Path) -> None:
+    script = textwrap.dedent(f"""
+        import sys
+        from pathlib import Path
+        from minigpt_cli.core.run import open_run
+        with open_run(Path({str(tmp_path)!r})):
+            print("in", flush=True)
+            sys.stdin.read()
+    """)
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "in\n"
+        with pytest.raises(UserError, match=f"process {other.pid} on .* is training here"), open_run(tmp_path):
+            pass
+        other.kill()
+    with open_run(tmp_path):  # a dead owner holds nothing
+        pass
+
+
+def test_what_a_killed_trainer_left_half_written_is_swept_up(tmp_path: Path) -> None:
+    (tmp_path / f"{TEMPORARY}last.safetensors.123").write_bytes(b"half")
+    (tmp_path / "notes.txt").write_text("mine")
+    with open_run(tmp_path):
+        assert not list(tmp_path.glob(f"{TEMPORARY}*"))
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"), open_run(tmp_path / "file" / "run"):
+        pass
+
+
+@pytest.mark.skipif(os.name == "posix" and os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_is_read_only_is_the_users_mistake(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="cannot be written"), open_run(tmp_path):
+        pass
+
+
+def test_clearing_removes_the_run_and_nothing_else(run_training: RunTraining) -> None:
+    folder, _, _ = run_training("run", small_config(keep=1))
+    (folder.path / "notes.txt").write_text("mine")
+    folder.clear()
+    assert not folder.holds_run()
+    assert [path.name for path in folder.path.iterdir() if not path.name.startswith(".")] == ["notes.txt"]
+
+
+def test_resuming_falls_back_to_the_newest_checkpoint_that_verifies(run_training: RunTraining) -> None:
+    folder, _, _ = run_training("run", small_config(keep=2, checkpoint_interval=4))
+    found, problems = folder.newest()
+    assert (found.path, problems) == (folder.last, [])
+    damaged = [folder.last, *reversed(folder.snapshots()), folder.best]
+    for path, fallback in itertools.pairwise(damaged):
+        path.write_bytes(path.read_bytes()[:-10])
+        found, problems = folder.newest()
+        assert found.path == fallback
+        assert str(path) in problems[-2 if fallback != folder.best else -3]
+        assert f"going on from {fallback.name}, step {load(fallback).header.step}" in problems
+    assert "no optimizer state" in problems[-1]
+    folder.best.write_bytes(b"")
+    with pytest.raises(CheckpointError):
+        folder.newest()
+
+
+def test_an_empty_folder_has_nothing_to_resume(tmp_path: Path) -> None:
+    with open_run(tmp_path) as folder, pytest.raises(UserError, match="without --resume"):
+        folder.newest()

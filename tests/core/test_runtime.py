@@ -1,0 +1,154 @@
+"""Choices that depend on the machine: what `auto` becomes, what is refused, what falls back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from minigpt_cli.core.config import ModelConfig, RuntimeConfig
+from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.measure import estimate_memory, measure_decoding, measure_training, random_tokens
+from minigpt_cli.core.model import GPT, lm_loss
+from minigpt_cli.core.runtime import Runtime, choose_runtime, peak_memory_bytes, seed_everything
+from runs import CPU, RunTraining, small_config
+
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+def choose(**settings: object) -> Runtime:
+    return choose_runtime(RuntimeConfig.model_validate(settings), width=64, rows=256)
+
+
+@NO_CUDA
+def test_auto_says_what_it_chose_and_why() -> None:
+    runtime = choose()
+    assert runtime.device.type in ("cpu", "mps")
+    assert runtime.precision in ("fp32", "bf16")
+    assert [note.split(":")[0] for note in runtime.notes] == ["device", "precision", "compile"]
+
+
+@NO_CUDA
+@pytest.mark.parametrize("device", ["cuda", "cuda:3"])
+def test_a_gpu_that_is_not_there_is_the_users_mistake(device: str) -> None:
+    with pytest.raises(UserError, match=r"no CUDA devices.*--device cpu"):
+        choose(device=device)
+
+
+def test_half_precision_on_a_cpu_is_refused() -> None:
+    with pytest.raises(UserError, match="bf16 or fp32"):
+        choose(device="cpu", precision="fp16")
+
+
+def test_what_is_asked_for_is_taken_without_comment() -> None:
+    runtime = choose(device="cpu", precision="bf16", compile=False)
+    assert (runtime.precision, runtime.compile, runtime.notes) == ("bf16", False, ())
+    with runtime.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+def test_seeds_are_a_pure_function_of_their_key() -> None:
+    def draw(*key: int) -> float:
+        seed_everything(*key)
+        return torch.rand(()).item()
+
+    assert draw(1, 2, 3) == draw(1, 2, 3)
+    assert len({draw(1, 2, 3), draw(1, 2, 4), draw(1, 3, 3), draw(12, 3), draw(1, 23), draw(0)}) == 6
+
+
+def test_without_a_compiler_training_goes_on_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import torch._inductor.config
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing compiled earlier may help
+    torch._dynamo.reset()
+    model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8), 5)
+    example = torch.zeros(2, 8, dtype=torch.long)
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        forward, note = Runtime(torch.device("cpu"), "fp32", compile=True).wrap(model, example)
+    assert forward is model
+    assert note is not None
+    assert "going on without" in note
+
+
+@pytest.mark.slow
+def test_a_compiled_model_learns_the_same(run_training: RunTraining) -> None:
+    _, eager, _ = run_training("eager", small_config(dropout=0.0))
+    _, compiled, _ = run_training(
+        "compiled", small_config(dropout=0.0), runtime=Runtime(torch.device("cpu"), "fp32", compile=True)
+    )
+    if compiled.notes:
+        pytest.skip(compiled.notes[0])
+    assert eager.losses("train_loss") == pytest.approx(compiled.losses("train_loss"), rel=1e-4)
+
+
+def test_bf16_training_stays_near_fp32(run_training: RunTraining) -> None:
+    _, exact, _ = run_training("fp32", small_config(dropout=0.0))
+    _, rough, _ = run_training("bf16", small_config(dropout=0.0), runtime=Runtime(torch.device("cpu"), "bf16", False))
+    assert exact.losses("val_loss") != rough.losses("val_loss")
+    assert exact.losses("val_loss") == pytest.approx(rough.losses("val_loss"), rel=0.02)
+
+
+def test_measuring_takes_real_steps() -> None:
+    config = small_config(dropout=0.0)
+    speed = measure_training(config, random_tokens(1000, 40), 40, CPU, steps=5, max_seconds=5)
+    assert speed.tokens_per_second == pytest.approx(4 * 8 / speed.step_seconds)
+    assert 3.0 < speed.loss < 4.5  # near log 40: real losses of a fresh model
+    assert speed.flops_utilisation is None
+    assert measure_decoding(config, 40, CPU, streams=2, tokens=10, max_seconds=5) > 0
+
+
+def test_peak_memory_counts_what_this_process_held() -> None:
+    before = peak_memory_bytes(CPU.device)
+    held = torch.ones(100_000_000)  # 400 MB, touched
+    assert peak_memory_bytes(CPU.device) - before > 100e6 or before > 600e6
+    del held
+
+
+def test_estimated_activations_are_those_that_autograd_keeps() -> None:
+    """By hand: the bigram model keeps ids, the head's input, log-probabilities and targets."""
+    config = small_config(n_layer=0, n_head=1, norm="none", dropout=0.0, batch_size=4)
+    B, T, C, V = 4, 8, 16, 40
+    kept = B * T * C * 4 + B * T * V * 4  # head's input; log-softmax
+    memory = estimate_memory(config, V)
+    assert kept <= memory["activations"] <= kept + 3 * B * T * 8 + 4096
+    assert memory["weights"] == memory["gradients"] == 4 * GPT(config.model, V).parameter_counts()["total"]
+    assert memory["optimizer"] == 2 * memory["weights"]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_training_step_never_waits_for_the_gpu() -> None:
+    from minigpt_cli.core.dataset import Batches
+    from minigpt_cli.core.optim import make_optimizer
+    from minigpt_cli.core.train import Statistics, train_step
+
+    runtime = choose(device="cuda", compile=False)
+    config = small_config()
+    model = GPT(config.model, 40).to(runtime.device)
+    optimizer, scaler = make_optimizer(model, config.train), runtime.scaler()
+    counters = Statistics.zeros(runtime.device)
+    batches = Batches(random_tokens(1000, 40), 8, 4, seed=1, sampling="random", device=runtime.device)
+    for step in range(4):
+        if step == 2:  # warm: allocations and lazy initialisation are behind us
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            train_step(model, optimizer, scaler, [batches.at(step)], config, runtime, counters, step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_agrees_with_the_cpu(run_training: RunTraining) -> None:
+    _, cpu, _ = run_training("cpu", small_config(dropout=0.0))
+    _, gpu, _ = run_training(
+        "gpu", small_config(dropout=0.0), runtime=choose(device="cuda", precision="fp32", compile=False)
+    )
+    assert cpu.losses("val_loss") == pytest.approx(gpu.losses("val_loss"), rel=1e-3)
+
+
+def test_lm_loss_is_the_mean_of_minus_log_probability() -> None:
+    logits = torch.tensor([[[0.0, 1.0], [2.0, 0.0]]])
+    expected = (torch.log(1 + torch.tensor(1.0).exp()) + torch.log(1 + torch.tensor(2.0).exp())) / 2
+    assert lm_loss(logits, torch.tensor([[0, 1]])).item() == pytest.approx(expected.item())

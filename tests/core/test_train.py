@@ -1,0 +1,230 @@
+"""The engine's promises: exact resume, one batch however it is split, nothing learned from a bad step."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minigpt_cli.core.checkpoint import load, save
+from minigpt_cli.core.config import Config
+from minigpt_cli.core.dataset import Batches, Dataset
+from minigpt_cli.core.errors import MinigptError, UserError
+from minigpt_cli.core.files import TEMPORARY
+from minigpt_cli.core.metrics import read_metrics
+from minigpt_cli.core.model import GPT
+from minigpt_cli.core.optim import make_optimizer
+from minigpt_cli.core.runtime import Runtime
+from minigpt_cli.core.train import Statistics, check_resumable, train_step
+from runs import CPU, RunTraining, small_config, write_dataset
+
+
+def assert_same_tensors(a: Path, b: Path) -> None:
+    left, right = load_file(a), load_file(b)
+    assert left.keys() == right.keys()
+    assert any(name.startswith("optimizer.") for name in left)
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def without_time(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in records]
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dropout": {},
+    "accumulation": {"micro_batch_size": 2},
+    "epoch sampling": {"sampling": "epoch"},
+    "schedule and clipping": {"lr_schedule": "cosine", "warmup_iters": 4, "lr_decay_iters": 12, "grad_clip": 0.5},
+    "patience": {"patience": 50, "eval_interval": 2},
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.mark.parametrize("stops", [[6], [5], [1, 7, 8]], ids=str)
+def test_stopped_and_resumed_is_never_stopped(
+    run_training: RunTraining, changes: dict[str, Any], stops: list[int]
+) -> None:
+    config = small_config(**changes)
+    whole, told, _ = run_training("whole", config)
+    assert run_training("parts", config, stop_at=stops[0])[2].reason == "stopped"
+    for stop in [*stops[1:], None]:
+        parts, _, _ = run_training("parts", config, resume=True, stop_at=stop)
+    assert_same_tensors(whole.last, parts.last)
+    best, resumed_best = load_file(whole.best), load_file(parts.best)
+    assert all(torch.equal(best[name], tensor) for name, tensor in resumed_best.items())
+    assert without_time(read_metrics(parts.metrics)) == without_time(told.records)
+    ends = [load(folder.last).header.progress.model_dump(exclude={"seconds"}) for folder in (whole, parts)]
+    assert ends[0] == ends[1]
+
+
+def test_a_longer_run_goes_on_from_a_finished_one(run_training: RunTraining) -> None:
+    whole, _, _ = run_training("whole", small_config(max_iters=24))
+    run_training("parts", small_config(max_iters=12))
+    parts, _, _ = run_training("parts", small_config(max_iters=24), resume=True)
+    assert_same_tensors(whole.last, parts.last)
+
+
+def test_fp16_loss_scaling_resumes_exactly(run_training: RunTraining) -> None:
+    runtime = Runtime(torch.device("cpu"), "fp16", compile=False)
+    whole, told, _ = run_training("whole", small_config(), runtime=runtime)
+    run_training("parts", small_config(), stop_at=5, runtime=runtime)
+    parts, _, _ = run_training("parts", small_config(), resume=True, runtime=runtime)
+    assert_same_tensors(whole.last, parts.last)
+    scaler = load(whole.last).header.progress.scaler
+    assert scaler == load(parts.last).header.progress.scaler
+    assert scaler["scale"] > 1
+    assert told.losses("val_loss")
+
+
+def test_an_overflow_that_the_scaler_skips_is_no_failure(run_training: RunTraining) -> None:
+    """A loss scale of 2^31 overflows half precision at once; scaling backs off until steps count again."""
+    runtime = Runtime(torch.device("cpu"), "fp16", compile=False)
+    folder, _, _ = run_training("run", small_config(max_iters=6), runtime=runtime)
+    saved = load(folder.last)
+    progress = saved.header.progress.model_copy(update={"scaler": {**saved.header.progress.scaler, "scale": 2.0**31}})
+    fields = saved.header.model_dump(exclude={"versions", "checksums"}) | {"progress": progress}
+    save(folder.last, saved.tensors, fields)
+    _, told, result = run_training("run", small_config(max_iters=40), resume=True, runtime=runtime)
+    assert result.reason == "finished"
+    assert load(folder.last).header.progress.scaler["scale"] < 2.0**31
+    assert told.losses("val_loss")[36] < told.losses("val_loss")[12]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"eval_interval": 1}, {"log_interval": 1}, {"sample_interval": 2}, {"checkpoint_interval": 1}, {"keep": 2}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_looking_does_not_change_what_is_learned(run_training: RunTraining, changes: dict[str, Any]) -> None:
+    plain, _, _ = run_training("plain", small_config())
+    looked, _, _ = run_training("looked", small_config(**changes))
+    assert_same_tensors(plain.last, looked.last)
+
+
+def test_accumulated_micro_batches_are_the_whole_batch(run_training: RunTraining) -> None:
+    whole, one, _ = run_training("whole", small_config(dropout=0.0))
+    parts, four, _ = run_training("parts", small_config(dropout=0.0, micro_batch_size=1))
+    for name, tensor in load_file(whole.last).items():
+        torch.testing.assert_close(tensor, load_file(parts.last)[name], rtol=1e-3, atol=1e-5)
+    assert one.losses("train_loss") == pytest.approx(four.losses("train_loss"), rel=1e-5)
+
+
+def test_a_small_model_learns(run_training: RunTraining) -> None:
+    _, told, result = run_training("run", small_config(max_iters=300, eval_interval=100, dropout=0.0))
+    assert told.losses("val_loss")[300] < 1.5 < told.losses("train_loss")[3]
+    assert result.progress.best_loss == min(told.losses("val_loss").values())
+    assert result.epochs == pytest.approx(300 * 4 * 8 / 3600, rel=0.2)
+
+
+def test_checkpoints_hold_what_they_promise(run_training: RunTraining, dataset: Dataset) -> None:
+    folder, told, _ = run_training("run", small_config())
+    last, best = load(folder.last), load(folder.best)
+    assert told.saves == [(f"{name}.safetensors", step) for step in (6, 12) for name in ("best", "last")]
+    assert {name.split(".")[0] for name in best.tensors} == {"model"}
+    assert {name.split(".")[0] for name in last.tensors} == {"model", "optimizer"}
+    assert last.header.val_loss == told.losses("val_loss")[12]
+    assert last.header.tokens_seen == 12 * 4 * 8
+    assert last.header.dataset_fingerprint == dataset.meta.fingerprint
+    assert last.config == small_config()
+
+
+def test_snapshots_are_kept_and_no_more_than_asked(run_training: RunTraining) -> None:
+    folder, _, _ = run_training("run", small_config(keep=2, checkpoint_interval=3))
+    assert [path.name for path in folder.snapshots()] == ["step-00000009.safetensors", "step-00000012.safetensors"]
+    assert_same_tensors(folder.last, folder.snapshots()[-1])
+
+
+def test_patience_ends_a_run_that_no_longer_improves(run_training: RunTraining) -> None:
+    config = small_config(max_iters=400, eval_interval=5, patience=2, learning_rate=0.3)
+    _, told, result = run_training("run", config)
+    losses = list(told.losses("val_loss").values())
+    assert result.reason == "patience"
+    assert min(losses) == losses[-3] < min(losses[-2:])
+
+
+def test_a_time_budget_ends_a_run_and_saves_it(run_training: RunTraining) -> None:
+    folder, _, result = run_training("run", small_config(max_iters=1_000_000, max_minutes=0.02))
+    assert result.reason == "time"
+    assert 1.2 <= result.progress.seconds < 60  # far more only where the machine itself stood still
+    assert load(folder.last).header.step == result.progress.step > 0
+
+
+def test_a_learning_rate_that_explodes_ends_the_run_and_keeps_the_checkpoint(run_training: RunTraining) -> None:
+    folder, _, _ = run_training("run", small_config(max_iters=6))
+    before = folder.last.read_bytes()
+    with pytest.raises(MinigptError, match=r"not finite at step \d+.*learning_rate"):
+        run_training("run", small_config(max_iters=60, learning_rate=1e30, checkpoint_interval=1), resume=True)
+    # Step 6's update is finite but absurd: the weights it leaves give no finite loss, so they are never saved.
+    assert folder.last.read_bytes() == before
+
+
+def test_a_poisoned_weight_is_named_and_never_saved(run_training: RunTraining) -> None:
+    folder, _, _ = run_training("run", small_config(max_iters=6))
+    saved = load(folder.last)
+    saved.tensors["model.blocks.0.mlp.up.weight"][0, 0] = float("nan")
+    save(folder.last, saved.tensors, saved.header.model_dump(exclude={"versions", "checksums"}))
+    before = folder.last.read_bytes()
+    with pytest.raises(MinigptError, match="not finite at step 6"):
+        run_training("run", small_config(), resume=True)
+    assert folder.last.read_bytes() == before
+
+
+def test_a_failed_step_leaves_the_weights_alone(dataset: Dataset) -> None:
+    """The device notices by itself: between the bad step and the host's next look no weight moves."""
+    config = small_config(dropout=0.0)
+    model = GPT(config.model, 40)
+    optimizer, scaler, counters = make_optimizer(model, config.train), CPU.scaler(), Statistics.zeros(CPU.device)
+    batches = Batches(dataset.train, 8, 4, seed=1, sampling="random", device=CPU.device)
+    train_step(model, optimizer, scaler, [batches.at(0)], config, CPU, counters, 0)
+    with torch.no_grad():
+        model.head.bias[0] = float("inf")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for step in (1, 2, 3):
+        train_step(model, optimizer, scaler, [batches.at(step)], config, CPU, counters, step)
+    assert int(counters.failed_at) == 1
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_samples_are_told_and_repeat(run_training: RunTraining) -> None:
+    _, one, _ = run_training("one", small_config(sample_interval=6))
+    _, two, _ = run_training("two", small_config(sample_interval=6, log_interval=1))
+    assert len(one.samples) == 2
+    assert one.samples == two.samples
+    assert len(one.samples[0]) == 200
+
+
+def resumable(saved_with: Config, now: Config, run_training: RunTraining, dataset: Dataset) -> dict[str, Any]:
+    folder, _, _ = run_training("run", saved_with)
+    return check_resumable(load(folder.last), now, dataset, allow_data_change=False)
+
+
+def test_another_architecture_is_refused_with_the_difference(run_training: RunTraining, dataset: Dataset) -> None:
+    with pytest.raises(UserError, match=r"model.n_layer: 2 -> 3"):
+        resumable(small_config(), small_config(n_layer=3), run_training, dataset)
+
+
+def test_other_rates_and_intervals_are_allowed_and_told(run_training: RunTraining, dataset: Dataset) -> None:
+    changed = resumable(small_config(), small_config(learning_rate=5e-3, dropout=0.2), run_training, dataset)
+    assert changed == {"train.learning_rate": (0.01, 0.005), "model.dropout": (0.1, 0.2)}
+
+
+def test_other_data_is_refused_unless_allowed(run_training: RunTraining, dataset: Dataset, tmp_path: Path) -> None:
+    folder, _, _ = run_training("run", small_config())
+    other = write_dataset(tmp_path / "other", "another text entirely " * 50)
+    with pytest.raises(UserError, match="--allow-data-change"):
+        check_resumable(load(folder.last), small_config(), other, allow_data_change=False)
+    assert check_resumable(load(folder.last), small_config(), other, allow_data_change=True) == {}
+
+
+def test_a_save_that_fails_ends_the_run_and_keeps_the_last_one(run_training: RunTraining, tmp_path: Path) -> None:
+    folder, _, _ = run_training("run", small_config(max_iters=6))
+    before = folder.last.read_bytes()
+    obstacle = tmp_path / "run" / f"{TEMPORARY}{folder.last.name}.{os.getpid()}"  # where the next save begins to write
+    with pytest.raises(IsADirectoryError):
+        run_training("run", small_config(max_iters=60), resume=True, events={8: obstacle.mkdir})
+    assert folder.last.read_bytes() == before

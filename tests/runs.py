@@ -1,0 +1,90 @@
+"""Small real runs: a dataset made by hand, settings of a second, and a listener that remembers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from minigpt_cli.core.config import Config, parse_config
+from minigpt_cli.core.dataset import Dataset
+from minigpt_cli.core.metrics import Listener
+from minigpt_cli.core.run import RunFolder
+from minigpt_cli.core.runtime import Runtime
+from minigpt_cli.core.train import Result
+
+RunTraining = Callable[..., "tuple[RunFolder, Recorder, Result]"]
+CPU = Runtime(torch.device("cpu"), "fp32", compile=False)
+
+
+def write_dataset(folder: Path, text: str) -> Dataset:
+    """A dataset folder made by hand, as the format says: characters, split 90/10."""
+    characters = sorted(set(text))
+    ids = np.array([characters.index(c) for c in text], dtype="<u2")
+    n = int(0.9 * len(ids))
+    folder.mkdir(parents=True)
+    ids[:n].tofile(folder / "train.bin")
+    ids[n:].tofile(folder / "val.bin")
+    sizes = [{"tokens": k, "characters": k, "bytes": k} for k in (n, len(ids) - n)]
+    meta = {
+        "format_version": 1, "dtype": "uint16", "tokenizer": {"kind": "char", "chars": "".join(characters)},
+        "train": sizes[0], "val": sizes[1], "inputs": [], "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
+    }  # fmt: skip
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return Dataset(folder)
+
+
+SMALL: dict[str, dict[str, Any]] = {
+    "model": {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "dropout": 0.1},
+    "train": {"batch_size": 4, "max_iters": 12, "learning_rate": 1e-2, "log_interval": 3, "eval_interval": 6,
+              "checkpoint_interval": 6},
+}  # fmt: skip
+
+
+def small_config(**changes: Any) -> Config:
+    """`small_config(dropout=0.0, max_iters=8)`: a config of seconds; each change finds its own section."""
+    document = {section: dict(values) for section, values in SMALL.items()} | {"data": {}, "runtime": {}}
+    for key, value in changes.items():
+        section = next(name for name in document if key in type(getattr(Config(), name)).model_fields)
+        document[section][key] = value
+    return parse_config(document, "test")
+
+
+class Recorder(Listener):
+    """Remembers what a run told. `stop_at` asks for a stop after that step, as a signal would; `events` happen."""
+
+    def __init__(self, stop_at: int | None = None, events: dict[int, Callable[[], object]] | None = None) -> None:
+        self.events = events or {}
+        self.records: list[dict[str, Any]] = []
+        self.saves: list[tuple[str, int]] = []
+        self.samples: list[str] = []
+        self.notes: list[str] = []
+        self.step, self.stop_at = 0, stop_at
+
+    def log(self, record: dict[str, Any]) -> None:
+        self.step = record["step"]
+        self.records.append(record)
+
+    def progress(self, step: int) -> None:
+        self.step = step
+        self.events.get(step, lambda: None)()
+
+    def saved(self, path: Path, step: int) -> None:
+        self.saves.append((path.name, step))
+
+    def sample(self, step: int, text: str) -> None:
+        self.samples.append(text)
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    def stop(self) -> bool:
+        return self.stop_at is not None and self.step >= self.stop_at
+
+    def losses(self, key: str) -> dict[int, float]:
+        return {record["step"]: record[key] for record in self.records if key in record}
