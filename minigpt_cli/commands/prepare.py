@@ -56,7 +56,8 @@ def prepare(
 
     Example: minigpt prepare "books/*.txt" notes.md.gz --out data/books --tokenizer bpe --vocab-size 8000
     """
-    from minigpt_cli.core import corpus, sources
+    from minigpt_cli.core import corpus
+    from minigpt_cli.extras import sources
 
     target = out or default_out(inputs[0])
     corpus.check_out(target, force)  # before anything is fetched

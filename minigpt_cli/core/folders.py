@@ -1,0 +1,80 @@
+"""Folders that are whole or not there at all, and the lock that keeps two writers apart. Knows not what is in them.
+
+Beside a folder NAME may lie .NAME.lock, .NAME.tmp-... (being written) and .NAME.old-... (being replaced).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from minigpt_cli.core.errors import MinigptError
+
+
+@contextmanager
+def locked(path: Path, holder: str) -> Iterator[None]:
+    """One process at a time for `path`, whose folder exists. MinigptError, naming the `holder`, if it is taken."""
+    import filelock
+
+    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise MinigptError(f"{path}: {holder}; wait for that one to end") from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: a new one then starts with a new file
+        lock.release()
+
+
+def clear_leftovers(out: Path) -> None:
+    """Under the lock: what killed writers left beside `out` goes; a dataset they were just replacing comes back."""
+    name = re.compile(re.escape(f".{out.name}.") + r"(tmp|old)-\w{8}")
+    leftovers = [path for path in out.parent.iterdir() if name.fullmatch(path.name)]
+    for path in leftovers:
+        if path.name.startswith(f".{out.name}.old-") and not os.path.lexists(out) and any(path.iterdir()):
+            os.rename(path, out)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def published(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` that takes its place when the block ends well, and vanishes when it does not."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
+    try:
+        yield folder
+        folder.chmod(0o777 & ~_umask())  # mkdtemp makes folders for the owner alone
+        _fsync(folder)
+        old = None
+        if out.is_dir():
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+            os.rename(out, old)  # onto the empty folder
+        os.rename(folder, out)
+        _fsync(out.parent)
+        if old:
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _fsync(folder: Path) -> None:
+    if os.name != "posix":  # elsewhere a folder cannot be opened, and renames are journalled
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
