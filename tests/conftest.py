@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,6 @@ def tiny() -> Callable[..., ModelConfig]:
 @pytest.fixture
 def verse() -> str:
     """A few kilobytes that a tiny model can learn: words in an order that a seed drew."""
-    words = "the king and queen of winter come to speak no more,\n my lord; what say you?\n".split(" ")
+    words = re.findall(r"\S+", "the king and queen of winter come to speak no more, my lord; what say you? Exeunt.")
     order = torch.randint(len(words), (800,), generator=torch.Generator().manual_seed(7)).tolist()
     return " ".join(words[i] for i in order)

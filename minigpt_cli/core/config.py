@@ -21,7 +21,7 @@ from minigpt_cli.core.errors import UserError
 MAX_CONFIG_BYTES = 1_000_000
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=1 << 40)]
 
 
 class Section(BaseModel):
@@ -64,7 +64,7 @@ class ModelConfig(Section):
 
 class TrainConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 1337
-    batch_size: Count = 64  # sequences per step, over all devices
+    batch_size: Annotated[int, Field(ge=1, le=1 << 20)] = 64  # sequences per step, over all devices
     micro_batch_size: Count | None = None  # sequences per device and forward pass; null: as many as batch_size
     max_iters: Count = 5000
     max_minutes: Annotated[float, Field(gt=0)] | None = None
@@ -106,7 +106,7 @@ class TrainConfig(Section):
 
 
 class RuntimeConfig(Section):
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$")] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: Literal["auto"] | bool = "auto"
     parallel: Literal["auto", "none"] = "auto"
@@ -124,7 +124,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The resolved settings, every key spelled out. `load_config` reads it back to an equal object."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+        return yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False)
 
 
 def load_config(config: str | None, overrides: Sequence[tuple[str, Any]] = ()) -> Config:
@@ -184,12 +184,15 @@ def shipped_configs() -> dict[str, Path]:
 
 def _find(config: str) -> Path:
     path, shipped = Path(config), shipped_configs()
-    if path.is_file():
-        return path
-    if config in shipped:
-        return shipped[config]
-    if path.exists():
-        raise UserError(f"{config}: not a file")
+    try:
+        if path.is_file():
+            return path
+        if config in shipped:
+            return shipped[config]
+        if path.exists():
+            raise UserError(f"{config}: not a file")
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise UserError(f"{config}: {error.strerror}") from None
     near = difflib.get_close_matches(path.stem, shipped, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise UserError(f"{config}: no such file, and no config of that name; {hint}shipped: {', '.join(shipped)}")
@@ -199,19 +202,19 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_CONFIG_BYTES + 1)
+        if len(raw) > MAX_CONFIG_BYTES:
+            raise UserError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes; that is no config")
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    if len(raw) > MAX_CONFIG_BYTES:
-        raise UserError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes; that is no config")
     document = parse_yaml(text, str(path))
     if document is None:
         document = {}
     if not isinstance(document, dict):
         raise UserError(f"{path}: a config is a mapping of sections (data, model, train, runtime)")
-    return document, str(path)
+    return {key: value for key, value in document.items() if value is not None}, str(path)  # a section commented out
 
 
 class _Loader(yaml.SafeLoader):
@@ -236,10 +239,15 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would otherwise read as a number."""
+
+
 # YAML 1.2's floats: PyYAML alone wants a dot and a sign, and reads 1e-3 as a string. Tried after the integers.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$"), list("-+.0123456789")
-)
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$"), list("-+.0123456789")
+    )
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -254,6 +262,8 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: not YAML: {str(error).splitlines()[0]}") from None
     except (ValueError, TypeError, OverflowError) as error:  # what SafeLoader's own constructors let through: !!int "x"
         raise UserError(f"{where}: not YAML: {error}") from None
+    except (AttributeError, LookupError):  # the same, in words that help nobody: !!timestamp "x", !!bool "x"
+        raise UserError(f"{where}: not YAML: a value does not fit its tag (!!...)") from None
     except RecursionError:
         raise UserError(f"{where}: nested too deeply") from None
 
@@ -277,19 +287,21 @@ def _flatten(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _explain(error: Any, document: object) -> str:
     """One pydantic complaint in a user's words: the dotted key, what is wrong, the value."""
+    if error["type"] == "invalid_key":
+        return f"a key must be a word, not {_shown(error['loc'][-1])}"
     loc = [str(part) for part in error["loc"] if str(part) in _known_names() or error["type"] == "extra_forbidden"]
-    key, value = ".".join(loc), error["input"]
-    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+    key, value = _shown(".".join(loc))[1:-1], error["input"]
+    shown = _shown(value)
     if error["type"] == "extra_forbidden":
         section = Config.model_fields[loc[0]].annotation if len(loc) > 1 else Config
         names = list(getattr(section, "model_fields", {}))
         near = difflib.get_close_matches(loc[-1], names, n=1)
         elsewhere = [f"{s}.{loc[-1]}" for s in Config.model_fields if loc[-1] in _fields_of(s)]
         hint = (
-            f"did you mean {near[0]}?"
-            if near
-            else f"it belongs at {elsewhere[0]}"
+            f"it belongs at {elsewhere[0]}"
             if elsewhere
+            else f"did you mean {near[0]}?"
+            if near
             else f"known: {', '.join(names)}"
         )
         return f"unknown key {key}; {hint}"
@@ -299,6 +311,14 @@ def _explain(error: Any, document: object) -> str:
         return f"{key or 'the config'}: expected a section of keys, not {shown}"
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{key}: {message.removeprefix('input ')}, not {shown}"
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python will print
+        return "so long a number"
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _fields_of(section: str) -> list[str]:

@@ -28,11 +28,11 @@ Tokens = np.ndarray[Any, np.dtype[Any]]
 
 
 class _Document(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class SplitMeta(_Document):
-    tokens: Annotated[int, Field(ge=0)]
+    tokens: Annotated[int, Field(ge=0, le=1 << 48)]
     characters: Annotated[int, Field(ge=0)]
     bytes: Annotated[int, Field(ge=0)]  # of the split's text in UTF-8
 
@@ -46,7 +46,7 @@ class InputMeta(_Document):
 class DatasetMeta(_Document):
     """meta.json. `fingerprint` is the sha256 of train.bin, val.bin and the tokenizer's canonical JSON."""
 
-    format_version: int = FORMAT_VERSION
+    format_version: Annotated[int, Field(ge=1)] = FORMAT_VERSION
     dtype: Literal["uint16", "uint32"]
     tokenizer: dict[str, Any]
     train: SplitMeta
@@ -87,13 +87,15 @@ class Dataset:
 def _read_meta(folder: Path) -> DatasetMeta:
     path = folder / "meta.json"
     try:
-        if path.stat().st_size > MAX_META_BYTES:
-            raise UserError(f"{path}: too large to be a dataset's meta.json")
+        if path.stat().st_size > MAX_META_BYTES or not path.is_file():
+            raise UserError(f"{path}: too large, or no plain file: not a dataset's meta.json")
         document = json.loads(path.read_bytes())
         version = document.get("format_version") if isinstance(document, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise UserError(f"{folder}: this dataset was made by a newer minigpt; update minigpt or prepare it again")
         return DatasetMeta.model_validate(document)
+    except UserError:
+        raise
     except (FileNotFoundError, NotADirectoryError):
         hint = "run `minigpt prepare FILE` first" if not folder.exists() else "it has no meta.json"
         raise UserError(f"{folder}: not a dataset folder; {hint}") from None
@@ -101,7 +103,7 @@ def _read_meta(folder: Path) -> DatasetMeta:
         raise UserError(f"{path}: {error.strerror}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = repr(".".join(str(part) for part in first["loc"]))[1:-1][:100]
         raise UserError(f"{path}: damaged: {where}: {first['msg']}; prepare the dataset again") from None
     except (ValueError, RecursionError):
         raise UserError(f"{path}: damaged: not JSON; prepare the dataset again") from None

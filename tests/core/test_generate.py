@@ -1,0 +1,218 @@
+"""Generation: greedy is the argmax, both ways past the window are as documented, and draws follow the distribution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from minigpt_cli.core.config import ModelConfig
+from minigpt_cli.core.errors import MinigptError
+from minigpt_cli.core.generate import Sampling, choose, generate
+from minigpt_cli.core.model import GPT
+from oracle.generate import crop_and_recompute, keep_half_and_recompute
+from oracle.weights import naive_twin
+
+Tiny = Callable[..., ModelConfig]
+V = 11
+GREEDY = Sampling(temperature=0.0)
+
+
+def make(config: ModelConfig) -> GPT:
+    """A model in evaluation, with weights large enough for varied text."""
+    model = GPT(config, V).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.4)
+    return model
+
+
+def ids_of(model: GPT, prompt: Tensor, n: int, sampling: Sampling = GREEDY, **options: object) -> Tensor:
+    """(B, n) generated ids."""
+    return torch.stack([ids for ids, _ in generate(model, prompt, n, sampling, **options)], dim=1)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_greedy_within_the_window_is_the_argmax_of_recomputed_logits(exact: bool, tiny: Tiny) -> None:
+    model = make(tiny(block_size=16))
+    ids = torch.randint(V, (2, 3))
+    for chosen, logits in generate(model, ids, 13, GREEDY, exact_window=exact):
+        expected = model(ids)[:, -1]
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(chosen, expected.argmax(dim=-1))
+        ids = torch.cat([ids, chosen[:, None]], dim=1)
+    assert ids.shape == (2, 16)
+    assert ids[:, 3:].unique().numel() > 2
+
+
+@pytest.mark.parametrize("options", [{}, {"position": "none", "norm": "none", "n_layer": 1}, {"n_layer": 0}], ids=str)
+@pytest.mark.parametrize("block_size", [1, 2, 3, 5, 7, 8])
+@pytest.mark.parametrize("prompt_length", [1, 4, 20])
+def test_past_the_window_the_newest_half_is_kept(
+    prompt_length: int, block_size: int, options: dict[str, object], tiny: Tiny
+) -> None:
+    """For several windows, against an oracle that keeps the same half and recomputes everything."""
+    model = make(tiny(block_size=block_size, **options))
+    prompt = torch.randint(V, (1, prompt_length))
+    ids, logits = keep_half_and_recompute(naive_twin(model), prompt[0].tolist(), 30, block_size)
+    steps = list(generate(model, prompt, 30, GREEDY))
+    torch.testing.assert_close(torch.cat([found for _, found in steps]), torch.stack(logits), rtol=1e-5, atol=1e-5)
+    assert [int(chosen) for chosen, _ in steps] == ids
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 5, 7, 8])
+@pytest.mark.parametrize("prompt_length", [1, 4, 20])
+def test_in_exact_mode_the_newest_window_is_recomputed_for_every_token(
+    prompt_length: int, block_size: int, tiny: Tiny
+) -> None:
+    model = make(tiny(block_size=block_size))
+    prompt = torch.randint(V, (2, prompt_length))
+    expected = crop_and_recompute(naive_twin(model), prompt, 30, block_size)
+    assert torch.equal(ids_of(model, prompt, 30, exact_window=True), expected[:, prompt_length:])
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_only_the_newest_window_of_a_longer_prompt_counts(exact: bool, tiny: Tiny) -> None:
+    model = make(tiny())
+    prompt = torch.randint(V, (2, 30))
+    assert torch.equal(
+        ids_of(model, prompt, 20, exact_window=exact), ids_of(model, prompt[:, -8:], 20, exact_window=exact)
+    )
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_rows_of_a_batch_do_not_see_one_another(exact: bool, tiny: Tiny) -> None:
+    model = make(tiny())
+    prompts = torch.randint(V, (4, 3))
+    together = ids_of(model, prompts, 20, exact_window=exact)
+    alone = torch.cat([ids_of(model, prompt[None], 20, exact_window=exact) for prompt in prompts])
+    assert torch.equal(together, alone)
+    assert len({tuple(row) for row in together.tolist()}) > 1
+
+
+def test_samples_of_one_prompt_in_one_batch_differ(tiny: Tiny) -> None:
+    samples = ids_of(make(tiny()), torch.zeros(8, 1, dtype=torch.long), 20, Sampling(), generator=seeded(1))
+    assert len({tuple(row) for row in samples.tolist()}) == 8
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, top_k=5), Sampling(1.3, top_p=0.8)], ids=str)
+def test_the_same_seed_gives_the_same_ids(sampling: Sampling, tiny: Tiny) -> None:
+    model, prompt = make(tiny()), torch.zeros(3, 1, dtype=torch.long)
+    first, again, other = (ids_of(model, prompt, 25, sampling, generator=seeded(seed)) for seed in (5, 5, 6))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_generation_leaves_dropout_out_even_of_a_model_in_training(tiny: Tiny) -> None:
+    model = make(tiny(dropout=0.5))
+    prompt = torch.zeros(1, 1, dtype=torch.long)
+    expected = ids_of(model, prompt, 20)
+    assert torch.equal(ids_of(model.train(), prompt, 20), expected)
+
+
+def test_each_token_is_yielded_before_the_next_is_computed(tiny: Tiny) -> None:
+    model = make(tiny())
+    calls: list[int] = []
+    model.head.register_forward_hook(lambda *_: calls.append(1))
+    steps = generate(model, torch.zeros(1, 1, dtype=torch.long), 5, GREEDY)
+    for n in range(1, 6):
+        next(steps)
+        assert len(calls) == n
+    assert next(steps, None) is None
+
+
+# Choosing one token. 20,000 draws of each case are compared with the exact distribution, computed in plain Python.
+
+DRAWS = 20_000
+
+
+def softmax(logits: list[float], temperature: float) -> list[float]:
+    powers = [math.exp((x - max(logits)) / temperature) for x in logits]
+    return [power / sum(powers) for power in powers]
+
+
+def expected_distribution(logits: list[float], sampling: Sampling) -> list[float]:
+    """Softmax at the temperature; of it the `top_k` likeliest; of those the fewest likeliest that reach `top_p`."""
+    kept = softmax(logits, sampling.temperature)
+    ranked = sorted(range(len(logits)), key=lambda i: -logits[i])
+    if sampling.top_k is not None:
+        allowed = ranked[: sampling.top_k]
+        kept = [p if i in allowed else 0.0 for i, p in enumerate(kept)]
+        kept = [p / sum(kept) for p in kept]
+    if sampling.top_p is not None:
+        allowed, mass = [], 0.0
+        for i in ranked:
+            if mass >= sampling.top_p:
+                break
+            allowed.append(i)
+            mass += kept[i]
+        kept = [p if i in allowed else 0.0 for i, p in enumerate(kept)]
+    return [p / sum(kept) for p in kept]
+
+
+def draw(logits: list[float], sampling: Sampling, seed: int) -> list[int]:
+    """How often each id came up."""
+    rows = torch.tensor([logits]).expand(DRAWS, -1)
+    return torch.bincount(choose(rows, sampling, seeded(seed)), minlength=len(logits)).tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {}, {"top_k": 1}, {"top_k": 3}, {"top_k": 8}, {"top_k": 1000},
+        {"top_p": 1e-9}, {"top_p": 0.3}, {"top_p": 0.9}, {"top_p": 1.0}, {"top_k": 4, "top_p": 0.7},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_draws_follow_the_distribution_cut_by_top_k_and_top_p(cut: dict[str, float], temperature: float) -> None:
+    sampling = Sampling(temperature, **cut)
+    for seed in range(3):
+        logits = (2 * torch.randn(8, generator=seeded(seed))).tolist()
+        counts, expected = draw(logits, sampling, seed), expected_distribution(logits, sampling)
+        assert [i for i, p in enumerate(expected) if p == 0 and counts[i]] == []
+        likely = [(n, p * DRAWS) for n, p in zip(counts, expected, strict=True) if p * DRAWS >= 5]
+        chi_square = sum((n - e) ** 2 / e for n, e in likely)
+        assert chi_square < 30  # of at most 7 degrees of freedom: one seed in 10,000 goes beyond
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 1000}, {"top_k": 8}, {"top_p": 1.0}], ids=str)
+def test_a_cut_that_keeps_all_changes_no_draw(cut: dict[str, float]) -> None:
+    logits = torch.randn(500, 8)
+    assert torch.equal(choose(logits, Sampling(**cut), seeded(3)), choose(logits, Sampling(), seeded(3)))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(1e-9), Sampling(top_k=1), Sampling(top_p=1e-9)], ids=str)
+def test_greedy_and_the_narrowest_cuts_take_the_likeliest(sampling: Sampling) -> None:
+    logits = torch.randn(1000, 50)
+    assert torch.equal(choose(logits, sampling, seeded(0)), logits.argmax(dim=-1))
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-3, 1.0, 1e6])
+@pytest.mark.parametrize("offset", [-1e4, 0.0, 1e4])
+def test_no_temperature_and_no_size_of_logits_overflows(temperature: float, offset: float) -> None:
+    logits = torch.tensor([[offset, offset + 3.0, offset - 50.0]]).expand(100, -1)
+    ids = choose(logits, Sampling(temperature), seeded(0))
+    assert set(ids.tolist()) <= {0, 1, 2}
+    if temperature <= 1e-3:
+        assert set(ids.tolist()) == {1}
+
+
+def test_logits_as_large_as_float32_holds_do_not_overflow() -> None:
+    logits = torch.tensor([[0.0, 3e38, -3e38]])
+    assert choose(logits, Sampling(1e-5), seeded(0)).item() == 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_an_error_and_not_a_crash(bad: float) -> None:
+    logits = torch.zeros(2, 5)
+    logits[1, 3] = bad
+    with pytest.raises(MinigptError, match="not finite"):
+        choose(logits, Sampling())

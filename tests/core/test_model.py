@@ -1,0 +1,284 @@
+"""The model's promises: causality, the cache, tied weights, the operation count, initialisation, dropout, learning."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from minigpt_cli.core.config import ModelConfig
+from minigpt_cli.core.layers import KVCache
+from minigpt_cli.core.model import GPT, lm_loss
+
+Tiny = Callable[..., ModelConfig]
+V = 11
+OPTIONS = {
+    "position": ("learned", "none"),
+    "norm": ("layernorm", "none"),
+    "mlp": ("relu", "gelu"),
+    "bias": (True, False),
+    "bias_qkv": (True, False),
+    "bias_head": (True, False),
+    "tie_weights": (True, False),
+}
+SHAPES = {"two heads": {}, "one head": {"n_head": 1}, "narrow heads": {"n_head": 16}, "no blocks": {"n_layer": 0}}
+
+
+def make(config: ModelConfig) -> GPT:
+    """A model in evaluation whose weights are large enough for every part to matter."""
+    model = GPT(config, V).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.15)
+    return model
+
+
+def fresh_cache(model: GPT, batch: int) -> KVCache:
+    return KVCache(batch, model.config, torch.device("cpu"), torch.float32)
+
+
+def in_pieces(model: GPT, ids: Tensor, lengths: list[int]) -> Tensor:
+    """The logits of `ids`, handed over in pieces of the given lengths with one cache."""
+    cache = fresh_cache(model, ids.shape[0])
+    logits = []
+    for piece in ids.split(lengths, dim=1):
+        logits.append(model(piece, cache))
+        assert cache.length == sum(part.shape[1] for part in logits)
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_later_token_never_changes_earlier_logits(shape: dict[str, int], cached: bool, tiny: Tiny) -> None:
+    model = make(tiny(**shape))
+    ids = torch.randint(V, (2, 8))
+    for position in range(8):
+        changed = ids.clone()
+        changed[:, position] = (changed[:, position] + 1) % V
+        before, after = (model(i, fresh_cache(model, 2) if cached else None) for i in (ids, changed))
+        assert torch.equal(before[:, :position], after[:, :position])
+        assert not torch.allclose(before[:, position], after[:, position])
+
+
+def test_attention_reaches_back_to_the_first_token(tiny: Tiny) -> None:
+    model = make(tiny())
+    ids = torch.randint(V, (1, 8))
+    changed = ids.clone()
+    changed[:, 0] = (changed[:, 0] + 1) % V
+    assert not torch.allclose(model(ids)[:, -1], model(changed)[:, -1])
+
+
+@pytest.mark.parametrize("options", list(itertools.product(*OPTIONS.values())), ids=str)
+def test_cached_logits_are_the_uncached_for_every_model_option(options: tuple[object, ...], tiny: Tiny) -> None:
+    model = make(tiny(**dict(zip(OPTIONS, options, strict=True))))
+    ids = torch.randint(V, (2, 8))
+    with torch.inference_mode():
+        expected = model(ids)
+        for lengths in ([8], [3, 4, 1], [1, 7], [5, 1, 2], [1] * 8):
+            torch.testing.assert_close(in_pieces(model, ids, lengths), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_cached_logits_are_the_uncached_however_the_window_is_cut(shape: dict[str, int], tiny: Tiny) -> None:
+    model = make(tiny(**shape))
+    ids = torch.randint(V, (2, 8))
+    with torch.inference_mode():
+        expected = model(ids)
+        for cuts in range(1 << 7):  # every way to cut 8 tokens into pieces
+            ends = [i + 1 for i in range(7) if cuts >> i & 1]
+            lengths = [b - a for a, b in itertools.pairwise([0, *ends, 8])]
+            torch.testing.assert_close(in_pieces(model, ids, lengths), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cleared_cache_forgets(tiny: Tiny) -> None:
+    model = make(tiny())
+    ids, other = torch.randint(V, (2, 5)), torch.randint(V, (2, 8))
+    cache = fresh_cache(model, 2)
+    with torch.inference_mode():
+        model(other, cache)
+        cache.clear()
+        torch.testing.assert_close(model(ids, cache), model(ids), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[9], [8, 1], [5, 4], [1, 8]])
+@pytest.mark.parametrize("position", ["learned", "none"])
+def test_more_tokens_than_the_context_raise_and_leave_the_cache_as_it_was(
+    lengths: list[int], position: str, tiny: Tiny
+) -> None:
+    model = make(tiny(position=position))
+    cache = fresh_cache(model, 1)
+    *fitting, last = (torch.zeros(1, n, dtype=torch.long) for n in lengths)
+    for ids in fitting:
+        model(ids, cache)
+    with pytest.raises(ValueError, match="9 tokens do not fit a context of 8"):
+        model(last, cache)
+    assert cache.length == sum(lengths[:-1])
+
+
+def test_more_tokens_than_the_context_raise_without_a_cache_too(tiny: Tiny) -> None:
+    with pytest.raises(ValueError, match="9 tokens do not fit a context of 8"):
+        GPT(tiny(), V)(torch.zeros(1, 9, dtype=torch.long))
+
+
+@pytest.mark.parametrize("init", ["gpt2", "torch"])
+def test_a_tied_head_is_the_embedding_and_counts_once(init: str, tiny: Tiny) -> None:
+    tied, untied = (GPT(tiny(tie_weights=tie, init=init), V) for tie in (True, False))
+    assert tied.head.weight is tied.token_embedding.weight
+    assert untied.head.weight is not untied.token_embedding.weight
+    assert untied.parameter_counts()["total"] - tied.parameter_counts()["total"] == V * 16
+    assert tied.parameter_counts()["head"] == V  # its bias
+    lm_loss(tied(torch.tensor([[0, 1]])), torch.tensor([[1, 2]])).backward()
+    assert tied.token_embedding.weight.grad is not None
+    assert tied.token_embedding.weight.grad[5].abs().sum() > 0  # token 5 was not read: this came through the head
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("n_layer", [0, 2])
+def test_parameter_counts_are_the_arithmetic_of_the_shape_and_add_up(tie: bool, n_layer: int, tiny: Tiny) -> None:
+    """Per block: q, k, v 3C^2 and no bias, projection C^2 + C, feed-forward 8C^2 + 5C, two norms of 2C."""
+    C = 16
+    counts = GPT(tiny(tie_weights=tie, n_layer=n_layer), V).parameter_counts()
+    expected = {
+        "token embedding": V * C,
+        "position embedding": 8 * C,
+        "attention": n_layer * (4 * C * C + C),
+        "feed-forward": n_layer * (8 * C * C + 5 * C),
+        "norms": (2 * n_layer + 1) * 2 * C,
+        "head": V if tie else V * C + V,
+    }
+    assert counts == expected | {"total": sum(expected.values())}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"n_layer": 0}, {"n_layer": 3, "n_head": 4}, {"tie_weights": True}, {"mlp": "gelu", "bias_qkv": True}],
+    ids=str,
+)
+def test_flops_per_token_are_what_a_real_step_executes(shape: dict[str, object], tiny: Tiny) -> None:
+    """Exactly: both count the multiplications and additions of matrix products and nothing else.
+
+    PyTorch counts what its kernels execute, so attention runs as plain matrix products over the whole square, which is
+    how our formula counts it; a fused kernel would skip the masked half, or compute the scores again backward.
+    """
+    model = GPT(tiny(n_embd=32, block_size=16, **shape), V)
+    ids = torch.randint(V, (3, 17))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        lm_loss(model(ids[:, :-1]), ids[:, 1:]).backward()
+    assert model.flops_per_token() == counter.get_total_flops() / (3 * 16)
+
+
+def test_the_gpt2_init_draws_every_matrix_from_a_normal_of_0_02_and_zeroes_every_bias(tiny: Tiny) -> None:
+    model = GPT(tiny(n_embd=128, block_size=64, bias_qkv=True), 100)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert torch.equal(parameter, torch.full_like(parameter, float(name.endswith("weight")))), name
+        elif name.endswith("bias"):
+            assert parameter.abs().max() == 0, name
+        else:
+            n, values = parameter.numel(), parameter.detach().double().flatten() / 0.02
+            assert abs(values.mean()) < 5 / math.sqrt(n), name  # five standard errors
+            assert abs(values.std() - 1) < 5 / math.sqrt(2 * n), name
+            assert abs((values**4).mean() - 3) < 5 * math.sqrt(96 / n), name  # a normal's fourth moment
+            assert 3.5 < values.abs().max() < 7, name
+
+
+def test_the_torch_init_is_pytorchs_own(tiny: Tiny) -> None:
+    """Embeddings N(0, 1); a linear layer's weights and biases uniform within 1 / sqrt(its inputs)."""
+    model = GPT(tiny(n_embd=128, block_size=64, bias_qkv=True, init="torch"), 100)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            assert module.weight.std().item() == pytest.approx(1, abs=0.05), name
+        if isinstance(module, nn.Linear):
+            bound = 1 / math.sqrt(module.in_features)
+            for parameter in (module.weight, module.bias):
+                assert 0.9 * bound < parameter.abs().max() <= bound, name
+            assert module.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05), name
+
+
+@pytest.mark.parametrize("init", ["gpt2", "torch"])
+def test_the_init_follows_from_the_seed_alone(init: str, tiny: Tiny) -> None:
+    def weights(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return torch.cat([p.detach().flatten() for p in GPT(tiny(init=init), V).parameters()])
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+def test_dropout_in_training_loses_whole_attention_weights(tiny: Tiny) -> None:
+    """The first token's weight on itself is 1; with the projection out of the way it gives v, or 0, or v / (1 - p)."""
+    model = make(tiny(dropout_attn=0.25))
+    attention = model.blocks[0].attn
+    with torch.no_grad():
+        attention.proj.weight.copy_(torch.eye(16))
+        attention.proj.bias.zero_()
+    x = torch.randn(1000, 1, 16)
+    whole = attention.eval()(x)
+    kept = (attention.train()(x) / whole).view(1000, 2, 8)  # a factor for each sequence and head
+    torch.testing.assert_close(kept, kept[:, :, :1].expand_as(kept))
+    assert_lost_and_grown(kept[:, :, 0])
+
+
+@pytest.mark.parametrize(("place", "part"), [("dropout_proj", "attn"), ("dropout_mlp", "mlp")])
+def test_dropout_in_training_loses_outputs_of_the_projection_and_of_the_feed_forward(
+    place: str, part: str, tiny: Tiny
+) -> None:
+    module = getattr(make(tiny(**{place: 0.25})).blocks[0], part)
+    x = torch.randn(50, 4, 16)
+    assert_lost_and_grown(module.train()(x) / module.eval()(x))
+
+
+def assert_lost_and_grown(factors: Tensor) -> None:
+    """A quarter of the numbers became 0, and the others grew by 1 / 0.75."""
+    lost = factors == 0
+    assert lost.float().mean() == pytest.approx(0.25, abs=0.04)
+    torch.testing.assert_close(factors[~lost], torch.full_like(factors[~lost], 1 / 0.75), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("place", ["dropout", "dropout_attn", "dropout_proj", "dropout_mlp"])
+def test_dropout_acts_in_training_and_not_in_evaluation(place: str, tiny: Tiny) -> None:
+    ids = torch.randint(V, (2, 8))
+    model = make(tiny(**{place: 0.5}))
+    assert torch.equal(model(ids), model(ids))
+    model.train()
+    assert not torch.equal(model(ids), model(ids))
+
+
+def test_a_places_own_dropout_of_zero_overrides_the_models(tiny: Tiny) -> None:
+    model = make(tiny(dropout=0.5, dropout_attn=0.0, dropout_proj=0.0, dropout_mlp=0.0)).train()
+    ids = torch.randint(V, (2, 8))
+    assert torch.equal(model(ids), model(ids))
+
+
+def test_the_loss_is_in_nats_and_computed_in_float32() -> None:
+    assert lm_loss(torch.zeros(2, 3, 50), torch.zeros(2, 3, dtype=torch.long)).item() == pytest.approx(math.log(50))
+    logits = torch.randn(2, 3, 50).bfloat16()
+    loss = lm_loss(logits, torch.zeros(2, 3, dtype=torch.long))
+    assert loss.dtype == torch.float32
+    probabilities = torch.softmax(logits.double(), dim=-1)[:, :, 0]
+    assert loss.item() == pytest.approx(-probabilities.log().mean().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mlp": "gelu", "bias": False, "bias_head": False}, {"tie_weights": True}, {"init": "torch"}],
+    ids=str,
+)
+def test_one_batch_overfits(options: dict[str, object], tiny: Tiny) -> None:
+    """Four rows of random tokens, each known by its first."""
+    model = GPT(tiny(n_embd=32, **options), V).train()
+    ids = torch.randint(V, (4, 9))
+    ids[:, 0] = torch.arange(4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = lm_loss(model(ids[:, :-1]), ids[:, 1:])
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05

@@ -1,0 +1,144 @@
+"""The learning rate of a step against numbers worked out by hand; AdamW against its formula; what decays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minigpt_cli.core.config import ModelConfig, TrainConfig
+from minigpt_cli.core.model import GPT
+from minigpt_cli.core.optim import learning_rate_at, make_optimizer, parameter_groups, set_learning_rate
+from oracle.adamw import NaiveAdamW
+
+Tiny = Callable[..., ModelConfig]
+
+SCHEDULES: dict[str, tuple[dict[str, Any], dict[int, float]]] = {
+    "constant": ({}, {0: 1.0, 1: 1.0, 99: 1.0, 10_000: 1.0}),
+    "constant ignores where a decay would end": ({"lr_decay_iters": 5, "min_lr": 0.1}, {4: 1.0, 5: 1.0, 50: 1.0}),
+    "warmup": ({"warmup_iters": 4}, {0: 0.2, 1: 0.4, 2: 0.6, 3: 0.8, 4: 1.0, 5: 1.0}),
+    "cosine": (
+        {"lr_schedule": "cosine", "max_iters": 8},
+        {0: 1.0, 1: 0.9619397663, 2: 0.8535533906, 4: 0.5, 6: 0.1464466094, 8: 0.0, 9: 0.0, 16: 0.0},
+    ),
+    "cosine from warmup to a floor": (
+        {"lr_schedule": "cosine", "warmup_iters": 2, "lr_decay_iters": 10, "min_lr": 0.2, "max_iters": 1000},
+        {0: 1 / 3, 1: 2 / 3, 2: 1.0, 4: 0.8828427125, 6: 0.6, 8: 0.3171572875, 10: 0.2, 11: 0.2, 999: 0.2},
+    ),
+    "linear": (
+        {"lr_schedule": "linear", "max_iters": 10},
+        {0: 1.0, 1: 0.9, 5: 0.5, 9: 0.1, 10: 0.0, 11: 0.0},
+    ),
+    "linear from warmup to a floor": (
+        {"lr_schedule": "linear", "warmup_iters": 2, "lr_decay_iters": 10, "min_lr": 0.2, "max_iters": 1000},
+        {0: 1 / 3, 1: 2 / 3, 2: 1.0, 3: 0.9, 6: 0.6, 9: 0.3, 10: 0.2, 500: 0.2},
+    ),
+    "a decay longer than the run": (
+        {"lr_schedule": "linear", "max_iters": 10, "lr_decay_iters": 20},
+        {0: 1.0, 9: 0.55, 10: 0.5, 20: 0.0},
+    ),
+    "a warmup as long as the decay": (
+        {"lr_schedule": "cosine", "warmup_iters": 4, "lr_decay_iters": 4, "min_lr": 0.5},
+        {0: 0.2, 3: 0.8, 5: 0.5, 6: 0.5},
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "expected"), SCHEDULES.values(), ids=SCHEDULES)
+def test_the_rate_is_the_one_worked_out_by_hand(settings: dict[str, Any], expected: dict[int, float]) -> None:
+    for peak in (1.0, 3e-4):
+        scaled = {key: value * peak if key == "min_lr" else value for key, value in settings.items()}
+        config = TrainConfig(learning_rate=peak, **scaled)
+        for step, rate in expected.items():
+            assert learning_rate_at(step, config) == pytest.approx(rate * peak, rel=1e-9, abs=1e-12), step
+
+
+@given(
+    schedule=st.sampled_from(["constant", "cosine", "linear"]),
+    warmup=st.integers(0, 50),
+    end=st.none() | st.integers(1, 100),
+    low=st.floats(0, 1),
+    step=st.integers(0, 200),
+)
+def test_the_rate_never_leaves_its_bounds_and_never_rises_after_warmup(
+    schedule: Any, warmup: int, end: int | None, low: float, step: int
+) -> None:
+    config = TrainConfig(
+        learning_rate=1.0, lr_schedule=schedule, warmup_iters=warmup, lr_decay_iters=end, min_lr=low, max_iters=100
+    )
+    rate, following = learning_rate_at(step, config), learning_rate_at(step + 1, config)
+    assert 0 <= rate <= 1
+    if step >= warmup:
+        assert low - 1e-12 <= following <= rate + 1e-12
+    else:
+        assert 0 < rate < following + 1e-12
+
+
+def test_matrices_decay_and_biases_and_norms_do_not(tiny: Tiny) -> None:
+    model = GPT(tiny(bias_qkv=True), 11)
+    decayed, rest = parameter_groups(model, TrainConfig(weight_decay=0.3, decay="matrices"))
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    left_alone = {names[id(p)] for p in rest["params"]}
+    assert left_alone == {name for name in names.values() if name.endswith("bias") or "norm" in name}
+    assert {names[id(p)] for p in decayed["params"]} == set(names.values()) - left_alone
+    assert {"token_embedding.weight", "head.weight", "blocks.1.mlp.up.weight"} <= set(names.values()) - left_alone
+
+
+def test_decay_all_decays_every_parameter(tiny: Tiny) -> None:
+    model = GPT(tiny(), 11)
+    (group,) = parameter_groups(model, TrainConfig(weight_decay=0.3, decay="all"))
+    assert group["weight_decay"] == 0.3
+    assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters()]
+
+
+@pytest.mark.parametrize("decay", ["all", "matrices"])
+def test_groups_hold_each_trained_parameter_once(decay: Any, tiny: Tiny) -> None:
+    model = GPT(tiny(tie_weights=True), 11)
+    model.position_embedding.weight.requires_grad_(False)
+    grouped = [p for group in parameter_groups(model, TrainConfig(decay=decay)) for p in group["params"]]
+    assert len(grouped) == len({id(p) for p in grouped})
+    assert {id(p) for p in grouped} == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_a_model_without_biases_and_norms_makes_no_empty_group(tiny: Tiny) -> None:
+    model = GPT(tiny(bias=False, bias_head=False, norm="none"), 11)
+    assert len(parameter_groups(model, TrainConfig())) == 1
+
+
+@pytest.mark.parametrize("decay", ["all", "matrices"])
+def test_ten_steps_are_those_of_adamws_formula(decay: Any, tiny: Tiny) -> None:
+    """On the same gradients, under a changing rate and a decay large enough to show."""
+    config = TrainConfig(learning_rate=0.02, weight_decay=0.5, beta1=0.8, beta2=0.95, decay=decay)
+    model, twin = GPT(tiny(), 11), GPT(tiny(), 11)
+    twin.load_state_dict(model.state_dict())
+    optimizer = make_optimizer(model, config)
+    matrices = [p for p in twin.parameters() if p.ndim > 1]
+    vectors = [p for p in twin.parameters() if p.ndim == 1]
+    references = [
+        NaiveAdamW(matrices, lr=0.02, betas=(0.8, 0.95), decay=0.5),
+        NaiveAdamW(vectors, lr=0.02, betas=(0.8, 0.95), decay=0.5 if decay == "all" else 0.0),
+    ]
+    for step in range(10):
+        rate = 0.02 / (step + 1)
+        set_learning_rate(optimizer, rate)
+        for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+            mine.grad = torch.randn_like(mine)
+            theirs.grad = mine.grad.clone()
+        optimizer.step()
+        for reference in references:
+            reference.lr = rate
+            reference.step()
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_rate_reaches_every_group(tiny: Tiny) -> None:
+    optimizer = make_optimizer(GPT(tiny(), 11), TrainConfig(learning_rate=1e-3))
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-3]
+    set_learning_rate(optimizer, 5e-4)
+    assert [group["lr"] for group in optimizer.param_groups] == [5e-4, 5e-4]
