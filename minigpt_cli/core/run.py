@@ -1,4 +1,4 @@
-"""The run folder: what lies in it, who may write to it, which checkpoint to go on from."""
+"""The run folder: what lies in it, who may write to it, which checkpoint to go on from, how new ones are written."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import contextlib
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from minigpt_cli.core import checkpoint
+from minigpt_cli.core.checkpoint import Checkpoint
+from minigpt_cli.core.config import Config, config_difference
+from minigpt_cli.core.dataset import Dataset
 from minigpt_cli.core.errors import CheckpointError, UserError
 from minigpt_cli.core.files import TEMPORARY
 
@@ -42,7 +48,7 @@ class RunFolder:
         for path in (self.last, self.best, self.config, self.metrics, self.picture, *self.snapshots()):
             path.unlink(missing_ok=True)
 
-    def newest(self) -> tuple[checkpoint.Checkpoint, list[str]]:
+    def newest(self) -> tuple[Checkpoint, list[str]]:
         """The newest checkpoint that verifies, and what to tell about those that did not.
 
         `last` and the snapshots hold everything; `best` holds weights only and is the last resort. Raises UserError
@@ -65,6 +71,36 @@ class RunFolder:
                 problems.append("it has no optimizer state: the next steps will not be exactly those of the lost run")
             return found, problems
         raise CheckpointError("; ".join(problems))
+
+
+class BackgroundSaver:
+    """Writes checkpoints in one thread, one save in flight; what goes wrong there is raised at the next step here."""
+
+    def __init__(self, announce: Callable[[Path, int], None]) -> None:
+        self._announce = announce
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: list[tuple[Future[None], Path, int]] = []
+
+    def submit(self, files: Sequence[tuple[Path, dict[str, Tensor]]], header: dict[str, Any]) -> None:
+        """Write (path, tensors) each with the same header. The caller gives the tensors away: they must be copies."""
+        self.wait()
+        for path, tensors in files:
+            self._pending.append((self._executor.submit(checkpoint.save, path, tensors, header), path, header["step"]))
+
+    def poll(self) -> None:
+        """Announce what has been written; raise what has failed. Does not wait."""
+        while self._pending and self._pending[0][0].done():
+            future, path, step = self._pending.pop(0)
+            future.result()
+            self._announce(path, step)
+
+    def wait(self) -> None:
+        for future, _, _ in self._pending:
+            future.exception()  # waits; `poll` raises
+        self.poll()
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=True)
 
 
 @contextlib.contextmanager
@@ -99,3 +135,21 @@ def _owner(path: Path) -> str:
         return f"process {int(owner['pid'])} on {owner['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
+
+
+def check_resumable(
+    saved: Checkpoint, config: Config, dataset: Dataset, *, allow_data_change: bool
+) -> dict[str, tuple[Any, Any]]:
+    """What the new settings change, as dotted key -> (old, new). Raises UserError if the run cannot go on with them."""
+    changed = config_difference(saved.config, config)
+    fixed = {key: values for key, values in changed.items() if key.startswith("model.") and "dropout" not in key}
+    fixed |= {key: values for key, values in changed.items() if key == "train.optimizer"}
+    if fixed:
+        shown = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in fixed.items())
+        raise UserError(f"cannot resume {saved.path} as another model ({shown}); start a new run with --out")
+    if saved.header.dataset_fingerprint != dataset.meta.fingerprint and not allow_data_change:
+        raise UserError(
+            f"{dataset.folder} is not the data that {saved.path} was trained on; "
+            "use the old data, or go on with this with --allow-data-change"
+        )
+    return changed

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import platform
 import sys
 import time
@@ -84,8 +85,9 @@ def choose_runtime(config: RuntimeConfig, *, width: int, rows: int) -> Runtime:
     if config.compile == "auto":
         notes.append("compile: " + ("on, CUDA gains from it" if compiling else f"off, {device.type} gains too little"))
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; without it cuBLAS may vary
         torch.use_deterministic_algorithms(True)
     return Runtime(device, precision, compiling, tuple(notes))
 

@@ -9,25 +9,22 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from minigpt_cli.core import checkpoint
 from minigpt_cli.core.checkpoint import MODEL, OPTIMIZER, Checkpoint, Progress
-from minigpt_cli.core.config import Config, config_difference
+from minigpt_cli.core.config import Config
 from minigpt_cli.core.dataset import Batches, Dataset
-from minigpt_cli.core.errors import MinigptError, UserError
+from minigpt_cli.core.errors import MinigptError
 from minigpt_cli.core.evaluate import evaluate
 from minigpt_cli.core.generate import Sampling, generate
 from minigpt_cli.core.metrics import Listener
 from minigpt_cli.core.model import GPT, lm_loss
 from minigpt_cli.core.optim import learning_rate_at, make_optimizer, set_learning_rate
-from minigpt_cli.core.run import RunFolder
+from minigpt_cli.core.run import BackgroundSaver, RunFolder
 from minigpt_cli.core.runtime import Runtime, seed_everything
 from minigpt_cli.core.tokenizer import Tokenizer, from_json
 
@@ -326,53 +323,5 @@ def make_model(config: Config, tokenizer: Tokenizer, runtime: Runtime) -> GPT:
     return GPT(config.model, tokenizer.vocab_size).to(runtime.device)
 
 
-class BackgroundSaver:
-    """Writes checkpoints in one thread, one save in flight; what goes wrong there is raised at the next step here."""
-
-    def __init__(self, announce: Callable[[Path, int], None]) -> None:
-        self._announce = announce
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: list[tuple[Future[None], Path, int]] = []
-
-    def submit(self, files: Sequence[tuple[Path, dict[str, Tensor]]], header: dict[str, Any]) -> None:
-        """Write (path, tensors) each with the same header. The caller gives the tensors away: they must be copies."""
-        self.wait()
-        for path, tensors in files:
-            self._pending.append((self._executor.submit(checkpoint.save, path, tensors, header), path, header["step"]))
-
-    def poll(self) -> None:
-        """Announce what has been written; raise what has failed. Does not wait."""
-        while self._pending and self._pending[0][0].done():
-            future, path, step = self._pending.pop(0)
-            future.result()
-            self._announce(path, step)
-
-    def wait(self) -> None:
-        for future, _, _ in self._pending:
-            future.exception()  # waits; `poll` raises
-        self.poll()
-
-    def close(self) -> None:
-        self._executor.shutdown(wait=True)
-
-
 def _to_host(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
-
-
-def check_resumable(
-    saved: Checkpoint, config: Config, dataset: Dataset, *, allow_data_change: bool
-) -> dict[str, tuple[Any, Any]]:
-    """What the new settings change, as dotted key -> (old, new). Raises UserError if the run cannot go on with them."""
-    changed = config_difference(saved.config, config)
-    fixed = {key: values for key, values in changed.items() if key.startswith("model.") and "dropout" not in key}
-    fixed |= {key: values for key, values in changed.items() if key == "train.optimizer"}
-    if fixed:
-        shown = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in fixed.items())
-        raise UserError(f"cannot resume {saved.path} as another model ({shown}); start a new run with --out")
-    if saved.header.dataset_fingerprint != dataset.meta.fingerprint and not allow_data_change:
-        raise UserError(
-            f"{dataset.folder} is not the data that {saved.path} was trained on; "
-            "use the old data, or go on with this with --allow-data-change"
-        )
-    return changed

@@ -29,8 +29,8 @@ def verdict(result: Result, records: Sequence[Record]) -> list[str]:
     if last > progress.best_loss * (1 + NOTICEABLE):
         lines.append(
             f"It overfits: since then the validation loss rose to {last:.4f} while the training loss fell on. "
-            f"Use best.safetensors; next time stop near step {progress.best_step:,} (train.max_iters or train.patience), "
-            "raise model.dropout, or add text."
+            f"Use best.safetensors; next time stop near step {progress.best_step:,} "
+            "(train.max_iters or train.patience), raise model.dropout, or add text."
         )
     elif len(losses) >= 3 and losses[-2] - last > NOTICEABLE / 2 * last and result.reason in ("finished", "time"):
         more = "train.max_minutes" if result.reason == "time" else "train.max_iters"
