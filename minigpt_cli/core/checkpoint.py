@@ -125,8 +125,8 @@ def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -
 def load(path: str | Path, *, weights_only: bool = False) -> Checkpoint:
     """Read and verify a checkpoint: sizes before memory, the header's checksum, every tensor's checksum.
 
-    `weights_only` leaves the optimizer's tensors in the file. Raises UserError if there is no such file, and
-    CheckpointError if it is damaged, not ours or made by a newer minigpt. No code from the file can run.
+    `weights_only` verifies the optimizer's tensors too, but leaves them in the file. Raises UserError if there is no
+    such file, CheckpointError if it is damaged, not ours or made by a newer minigpt. No code from the file can run.
     """
     path = Path(path)
     header = read_header(path)
@@ -198,7 +198,7 @@ def _model_shapes(config: ModelConfig, vocab_size: int, n_tensors: int) -> dict[
 
 
 def _read_tensors(path: Path, header: Header, shapes: dict[str, list[int]], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, compared with what the config implies before they take memory."""
+    """Verify all tensors, first against what the config implies; return those whose names begin with `prefix`."""
     tensors = {}
     with safe_open(path, framework="pt") as file:  # checks that the offsets agree with the file's size
         names = set(file.keys())
@@ -212,10 +212,11 @@ def _read_tensors(path: Path, header: Header, shapes: dict[str, list[int]], pref
             allowed = [shapes.get(weight)] + ([] if name.startswith(MODEL) else [[]])  # a step counter is a scalar
             if shape not in allowed or dtype not in ("F32", "BF16", "F16"):
                 raise ValueError(f"the tensor {name} ({dtype} {shape}) does not fit the config")
+            tensor = file.get_tensor(name)
+            if hashlib.sha256(_raw_bytes(tensor)).hexdigest() != header.checksums[name]:
+                raise ValueError(f"the tensor {name} does not match its checksum")
             if name.startswith(prefix):
-                tensors[name] = file.get_tensor(name).clone()  # out of the map: the file may be replaced
-                if hashlib.sha256(_raw_bytes(tensors[name])).hexdigest() != header.checksums[name]:
-                    raise ValueError(f"the tensor {name} does not match its checksum")
+                tensors[name] = tensor.clone()  # out of the map: the file may be replaced
     return tensors
 
 

@@ -191,3 +191,8 @@ class Batches:
             windows_BT = self._mapped[offsets[:, None] + np.arange(self.block_size + 1)].astype(np.int64)
             windows = torch.from_numpy(windows_BT).to(self.device, non_blocking=True)
         return windows[:, :-1], windows[:, 1:]
+
+    def in_pieces(self, step: int, n: int) -> list[tuple[Tensor, Tensor]]:
+        """The step's batch as `n` micro batches of equal size."""
+        x_BT, y_BT = self.at(step)
+        return list(zip(x_BT.chunk(n), y_BT.chunk(n), strict=True))

@@ -16,7 +16,7 @@ from minigpt_cli.core.generate import Sampling, generate
 from minigpt_cli.core.model import GPT, lm_loss
 from minigpt_cli.core.optim import make_optimizer
 from minigpt_cli.core.runtime import Runtime, peak_flops, peak_memory_bytes, seed_everything
-from minigpt_cli.core.train import Statistics, train_step
+from minigpt_cli.core.train import Statistics, memory_advice, train_step
 
 
 @dataclass(frozen=True)
@@ -36,28 +36,28 @@ def measure_training(
     train = config.train
     seed_everything(train.seed)
     start = time.perf_counter()
-    model = GPT(config.model, vocab_size).to(runtime.device)
-    optimizer, scaler, counters = make_optimizer(model, train), runtime.scaler(), Statistics.zeros(runtime.device)
-    batches = Batches(
-        tokens, config.model.block_size, train.batch_size,
-        seed=train.seed, sampling=config.data.sampling, device=runtime.device,
-    )  # fmt: skip
-    forward, _ = runtime.wrap(model, batches.at(0, slice(0, train.batch_size // train.accumulation))[0])
-
-    def step(number: int) -> None:
-        x, y = batches.at(number)
-        pieces = list(zip(x.chunk(train.accumulation), y.chunk(train.accumulation), strict=True))
-        train_step(forward, optimizer, scaler, pieces, config, runtime, counters, number)
-        runtime.synchronize()
-
-    step(0)
-    first = time.perf_counter() - start
     seconds: list[float] = []
-    begin = time.perf_counter()
-    while not seconds or (len(seconds) < steps and time.perf_counter() - begin < max_seconds):
-        now = time.perf_counter()
-        step(len(seconds) + 1)
-        seconds.append(time.perf_counter() - now)
+    with memory_advice(config, runtime):
+        model = GPT(config.model, vocab_size).to(runtime.device)
+        optimizer, scaler, counters = make_optimizer(model, train), runtime.scaler(), Statistics.zeros(runtime.device)
+        batches = Batches(
+            tokens, config.model.block_size, train.batch_size,
+            seed=train.seed, sampling=config.data.sampling, device=runtime.device,
+        )  # fmt: skip
+        forward, _ = runtime.wrap(model, batches.in_pieces(0, train.accumulation)[0][0])
+
+        def step(number: int) -> None:
+            pieces = batches.in_pieces(number, train.accumulation)
+            train_step(forward, optimizer, scaler, pieces, config, runtime, counters, number)
+            runtime.synchronize()
+
+        step(0)
+        first = time.perf_counter() - start
+        begin = time.perf_counter()
+        while not seconds or (len(seconds) < steps and time.perf_counter() - begin < max_seconds):
+            now = time.perf_counter()
+            step(len(seconds) + 1)
+            seconds.append(time.perf_counter() - now)
     median, tokens_per_step = statistics.median(seconds), train.batch_size * config.model.block_size
     peak = peak_flops(runtime.device)
     return TrainingSpeed(

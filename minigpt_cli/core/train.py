@@ -6,9 +6,10 @@ evaluated or sampled at any moment without changing what is learned.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,25 +100,30 @@ def train(
     `stop` is asked after every step; when it answers with something true the run saves and returns. Raises
     MinigptError when the loss or the gradient is not finite, or when a checkpoint cannot be written.
     """
-    try:
+    with memory_advice(config, runtime):
         trainer = Trainer(config, dataset, folder, runtime, listeners, resume, stop)
         try:
             reason = trainer.run()
         finally:
             trainer.saver.close()
-    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU
-        if not any(words in str(error) for words in ("out of memory", "not enough memory", "can't allocate memory")):
+    tokens = trainer.progress.step * config.train.batch_size * config.model.block_size
+    best = folder.best if folder.best.exists() else None
+    return Result(reason, trainer.progress, tokens / max(1, len(dataset.train)), best, folder.last)
+
+
+@contextlib.contextmanager
+def memory_advice(config: Config, runtime: Runtime) -> Iterator[None]:
+    """Where memory runs out inside the block, a MinigptError names the micro batch that trains the same in less."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError on a GPU; torch or numpy on a CPU
+        no_memory = ("out of memory", "not enough memory", "allocate memory")
+        if isinstance(error, RuntimeError) and not any(words in str(error).lower() for words in no_memory):
             raise
         batch, rows = config.train.batch_size, config.train.batch_size // config.train.accumulation
         smaller = max((d for d in range(1, rows // 2 + 1) if batch % d == 0), default=None)
         remedy = f"--set train.micro_batch_size={smaller} trains the same in less" if smaller else "use a smaller model"
-        raise MinigptError(
-            f"out of memory on {runtime.device} with {rows} sequences at a time; {remedy}"
-            + (" (with --resume, from the last checkpoint)" if folder.last.exists() else "")
-        ) from None
-    tokens = trainer.progress.step * config.train.batch_size * config.model.block_size
-    best = folder.best if folder.best.exists() else None
-    return Result(reason, trainer.progress, tokens / max(1, len(dataset.train)), best, folder.last)
+        raise MinigptError(f"out of memory on {runtime.device} with {rows:,} sequences at a time; {remedy}") from None
 
 
 class Trainer:
@@ -142,9 +148,7 @@ class Trainer:
         self.progress = Progress(precision=runtime.precision)
         if resume:
             self._restore(resume)
-        self.forward, note = runtime.wrap(
-            self.model, self.batches.at(0, slice(0, config.train.batch_size // config.train.accumulation))[0]
-        )
+        self.forward, note = runtime.wrap(self.model, self.batches.in_pieces(0, config.train.accumulation)[0][0])
         if note:
             self._tell(lambda listener: listener.note(note))
         self.saver = BackgroundSaver(self._saved)
@@ -190,8 +194,7 @@ class Trainer:
     def _step(self) -> None:
         step, train = self.progress.step, self.config.train
         set_learning_rate(self.optimizer, learning_rate_at(step, train))
-        x, y = self.batches.at(step)
-        pieces = list(zip(x.chunk(train.accumulation), y.chunk(train.accumulation), strict=True))
+        pieces = self.batches.in_pieces(step, train.accumulation)
         train_step(self.forward, self.optimizer, self.scaler, pieces, self.config, self.runtime, self.statistics, step)
         self.progress.step = step + 1
 

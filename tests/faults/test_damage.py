@@ -1,0 +1,216 @@
+"""Checkpoints, settings and datasets that are damaged or lie: one line, little memory, and the run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from faults.conftest import Launch, train_arguments, verified_step
+from minigpt_cli.core.checkpoint import load, save
+
+MEGABYTES = 500
+MUTANTS = int(os.environ.get("MINIGPT_MUTANTS", "3000"))
+SHORT = ("train.max_iters=6", "train.checkpoint_interval=2", "train.eval_interval=6", "train.keep=2")
+
+
+def run_fresh(arguments: list[str], folder: Path) -> tuple[int, str, float]:
+    """(exit code, stderr, peak resident megabytes) of a command in a fresh interpreter."""
+    with (folder / "fresh-stderr").open("w") as err:
+        process = subprocess.Popen(
+            [sys.executable, *arguments], cwd=folder, stdout=subprocess.DEVNULL, stderr=err,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    scale = 1 if sys.platform == "darwin" else 1024
+    return process.returncode, (folder / "fresh-stderr").read_text(), usage.ru_maxrss * scale / 1e6
+
+
+def relabel(data: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
+    """The file with its safetensors header changed."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    raw = json.dumps(header).encode()
+    return len(raw).to_bytes(8, "little") + raw + data[8 + length :]
+
+
+def claim_width(data: bytes) -> bytes:
+    """Metadata that asks for n_embd = 10^9, with a checksum that fits."""
+    import hashlib
+
+    def change(header: dict[str, Any]) -> None:
+        document = json.loads(header["__metadata__"]["minigpt"])
+        document["config"]["model"]["n_embd"] = 10**9
+        text = json.dumps(document)
+        header["__metadata__"] = {"minigpt": text, "minigpt_sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+    return relabel(data, change)
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "cut short by ten bytes": lambda data: data[:-10],
+    "one byte of a tensor flipped": lambda data: data[:-5] + bytes([data[-5] ^ 1]) + data[-4:],
+    "garbage for a header": lambda data: data[:8] + random.Random(0).randbytes(len(data) - 8),
+    "2^40 elements": lambda data: relabel(data, lambda h: h["model.norm.weight"].update(shape=[1 << 40])),
+    "12 MB of header": lambda data: (12_000_000).to_bytes(8, "little") + b"{" + b" " * 12_000_000 + data,
+    "9 MB of empty lists": lambda data: (9_000_000).to_bytes(8, "little") + b"[" + b"[]," * 2_999_999 + b"[]" + data,
+    "a pickle": lambda data: pickle.dumps({"weights": list(range(1000))}),
+    "n_embd of a billion": claim_width,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_checkpoint_costs_one_line_and_little_memory(
+    launch: Launch, place: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    assert launch(train_arguments(*SHORT)).wait() == 0
+    last = place / "run" / "last.safetensors"
+    last.write_bytes(damage(last.read_bytes()))
+    code, text, megabytes = run_fresh(["-m", "minigpt_cli", "sample", "--ckpt", "run/last.safetensors"], place)
+    assert code == 1
+    assert text.startswith("minigpt: error: run/last.safetensors: ")
+    assert text.count("\n") == 1
+    assert megabytes < MEGABYTES
+    resumed = launch(train_arguments(*SHORT, "train.max_iters=8", flags=("--resume",)))
+    assert resumed.wait() == 0, resumed.stderr.read_text()
+    assert "going on from step-00000006.safetensors, step 6" in resumed.stderr.read_text()
+    assert verified_step(place / "run", at_least=8) == 8
+
+
+def test_a_run_that_was_killed_ends_bit_for_bit_as_one_that_was_not(launch: Launch, place: Path) -> None:
+    """SIGKILL, SIGTERM and Ctrl-C in turn, with dropout and accumulation; the log has no gap and no double."""
+    import signal
+
+    settings = ("train.max_iters=90", "model.dropout=0.1", "train.micro_batch_size=1", "train.checkpoint_interval=10")
+    assert launch(train_arguments(*settings)).wait() == 0
+    (place / "run").rename(place / "whole")
+    flags: tuple[str, ...] = ()
+    for step, number in ((20, signal.SIGKILL), (40, signal.SIGTERM), (60, signal.SIGKILL), (70, signal.SIGINT)):
+        child = launch(train_arguments(*settings, flags=flags))
+        child.wait_for(rf"saved run/last\.safetensors at step ({step}|{step + 10}|90)\b")
+        child.send(number)
+        child.wait()
+        flags = ("--resume",)
+    assert launch(train_arguments(*settings, flags=flags)).wait() == 0
+    whole, parts = load_file(place / "whole" / "last.safetensors"), load_file(place / "run" / "last.safetensors")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    timing = ("seconds", "tokens_per_second")
+    lines = [
+        [
+            {k: v for k, v in json.loads(line).items() if k not in timing}
+            for line in (place / run / "metrics.jsonl").open()
+        ]
+        for run in ("whole", "run")
+    ]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("poison", ["a learning rate of 1e30", "a weight that is not a number"])
+def test_a_run_that_diverges_ends_and_keeps_its_checkpoint(launch: Launch, place: Path, poison: str) -> None:
+    assert launch(train_arguments(*SHORT)).wait() == 0
+    last = place / "run" / "last.safetensors"
+    settings = ["train.max_iters=60"]
+    if poison.startswith("a weight"):
+        saved = load(last)
+        saved.tensors["model.head.weight"][0, 0] = float("nan")
+        save(last, saved.tensors, saved.header.model_dump(exclude={"versions", "checksums"}))
+    else:
+        settings.append("train.learning_rate=1e30")
+    before = last.read_bytes()
+    child = launch(train_arguments(*settings, flags=("--resume",)))
+    assert child.wait() == 1
+    assert "not finite at step" in child.stderr.read_text()
+    assert "Traceback" not in child.stderr.read_text()
+    assert last.read_bytes() == before
+
+
+def test_out_of_memory_names_the_micro_batch_that_halves_it(launch: Launch, place: Path) -> None:
+    """The system refuses memory, as a GPU's allocator would."""
+    import resource
+
+    def limit() -> None:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 29), used + (1 << 29)))
+
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs /proc to know how much is in use")
+    child = launch(train_arguments("train.batch_size=262144"), before=limit)
+    assert child.wait() == 1
+    assert "out of memory" in child.stderr.read_text()
+    assert "train.micro_batch_size=131072" in child.stderr.read_text()
+
+
+@pytest.mark.slow
+def test_mutated_files_never_crash_hang_or_fill_memory(launch: Launch, place: Path) -> None:
+    """Thousands of mutants of a checkpoint, a config and a dataset's meta.json, in one process that is watched."""
+    assert launch(train_arguments(*SHORT)).wait() == 0
+    script = textwrap.dedent("""
+        import random, signal, sys
+        from pathlib import Path
+        from minigpt_cli.core.checkpoint import load
+        from minigpt_cli.core.config import load_config
+        from minigpt_cli.core.dataset import Dataset
+        from minigpt_cli.core.errors import MinigptError
+        from minigpt_cli.core.tokenizer import from_json
+
+        dice = random.Random(3)
+        pieces = [b'"', b"[", b"]", b"{", b"}", b":", b",", b"9" * 30, b"-1", b"1e999", b"null", b"\\\\u0000", b"\\xff",
+                  b"&a", b"*a", b"!!python/object:os.system", b"\\n", b"  ", b"true", b"NaN"]
+
+        def mutate(data):
+            data = bytearray(data)
+            head = len(data) if dice.random() < 0.3 else min(len(data), 4000)  # mostly where the structure is
+            for _ in range(dice.randint(1, 6)):
+                at = dice.randrange(head)
+                what = dice.random()
+                if what < 0.3: data[at] = dice.randrange(256)
+                elif what < 0.6: data[at:at] = dice.choice(pieces)
+                elif what < 0.8: del data[at : at + dice.randint(1, 50)]
+                elif what < 0.9: data[at:at] = data[dice.randrange(head):][: dice.randint(1, 200)]
+                else: del data[at:]
+                head = max(1, min(head, len(data)))
+                if not data: break
+            return bytes(data)
+
+        targets = {
+            "run/last.safetensors": lambda: load("run/last.safetensors").model(),
+            "run/config.yaml": lambda: load_config("run/config.yaml"),
+            "data/meta.json": lambda: from_json(Dataset("data").meta.tokenizer),
+        }
+        counts = {}
+        for name, read in targets.items():
+            original = Path(name).read_bytes()
+            for _ in range(int(sys.argv[1]) // len(targets)):
+                Path(name).write_bytes(mutate(original))
+                signal.alarm(20)  # a hang kills the process
+                try:
+                    read()
+                    outcome = "accepted"
+                except MinigptError as error:
+                    outcome = "refused"
+                    assert "\\n" not in str(error), str(error)
+                signal.alarm(0)
+                counts[name, outcome] = counts.get((name, outcome), 0) + 1
+            Path(name).write_bytes(original)
+        print(counts, file=sys.stderr)
+    """)
+    (place / "fuzz.py").write_text(script)
+    code, text, megabytes = run_fresh(["fuzz.py", str(MUTANTS)], place)
+    assert code == 0, text
+    assert text.count("refused") == 3, text
+    assert megabytes < MEGABYTES
