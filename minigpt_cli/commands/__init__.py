@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -17,7 +18,15 @@ from minigpt_cli.commands.train import train
 
 
 class _Group(TyperGroup):
-    """The group whose every command runs inside the error boundary."""
+    """The group whose every command is read and run inside the error boundary. Without arguments it shows the help."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        with error_boundary():
+            if not args and not extra.get("resilient_parsing"):  # which shell completion sets
+                args = ["--help"]
+            if args[1:] == ["--help"] and args[0] in self.commands:  # at once: to read its own options, Typer imports
+                return self.commands[args[0]].make_context(f"{info_name} {args[0]}", ["--help"])  # pydantic
+            return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: Any) -> Any:
         with error_boundary():
@@ -25,7 +34,7 @@ class _Group(TyperGroup):
 
 
 app = typer.Typer(
-    cls=_Group, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, help="""
+    cls=_Group, rich_markup_mode=None, pretty_exceptions_enable=False, help="""
     Turn a text file into a small GPT.
 
     First steps: minigpt prepare data/input.txt, then minigpt train --config cpu,
@@ -56,5 +65,8 @@ for name, command in (("prepare", prepare), ("train", train), ("sample", sample)
 
 def main() -> None:
     """The entry point of the `minigpt` script and of `python -m minigpt_cli`."""
+    # OpenMP's threads spin while they wait for one another. On a machine that has other things to do, that made a
+    # training step several times as long; a short spin costs nothing measurable (docs/benchmarks.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     make_streams_robust()
     app(prog_name="minigpt")

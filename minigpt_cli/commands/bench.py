@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from minigpt_cli.commands.console import Debug, note, print_table
+from minigpt_cli.commands.console import Debug, note, print_table, size
 
 
 def bench(
@@ -51,8 +51,6 @@ def bench(
     chosen = load_config(config, overrides)
     rows = chosen.train.batch_size // chosen.train.accumulation * chosen.model.block_size
     runtime = choose_runtime(chosen.runtime, width=chosen.model.n_embd, rows=rows)
-    for line in runtime.notes:
-        note(line)
     if Path(chosen.data.path).is_dir():
         dataset = Dataset(chosen.data.path)
         data, vocab_size, corpus = dataset.train, from_json(dataset.meta.tokenizer).vocab_size, chosen.data.path
@@ -60,6 +58,8 @@ def bench(
         vocab_size, corpus = 65, "random tokens"
         data = random_tokens(max(1_000_000, 2 * chosen.model.block_size), vocab_size)
     require_window(data, chosen.model.block_size)
+    for line in runtime.notes:
+        note(line)
     training = measure_training(chosen, data, vocab_size, runtime, steps=steps, max_seconds=seconds)
     decoding = measure_decoding(chosen, vocab_size, runtime, streams=streams, tokens=tokens, max_seconds=seconds)
     result: dict[str, Any] = {
@@ -79,7 +79,7 @@ def bench(
         ("training", f"{training.tokens_per_second:,.0f} tokens/s"),
         ("one step", f"{training.step_seconds * 1e3:,.1f} ms (the first, cold: {training.first_step_seconds:,.1f} s)"),
         ("decoding", f"{decoding:,.0f} tokens/s ({streams} stream{'s' if streams > 1 else ''})"),
-        ("peak memory", f"{training.peak_memory_bytes / 1e6:,.0f} MB"),
+        ("peak memory", size(training.peak_memory_bytes)),
         ("model FLOPs utilisation", f"{mfu:.1%}" if mfu is not None else "unknown: no data-sheet peak for this device"),
         ("parameters", f"{result['parameters']:,}"),
         ("data", corpus),

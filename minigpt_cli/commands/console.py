@@ -11,7 +11,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -33,8 +33,8 @@ def _set_debug(value: bool) -> bool:
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.", callback=_set_debug)]
 
-# C0 and C1 controls (tab and newline stay), DEL, and the Unicode marks that reorder or hide text on a screen.
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+# C0 and C1 controls (tab, newline and Windows line ends stay), DEL, and the Unicode marks that reorder or hide text.
+_UNSAFE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]|\r(?!\n)")
 
 
 def safe(text: object) -> str:
@@ -57,8 +57,9 @@ def stderr() -> Console:
 
 
 def note(message: str) -> None:
-    """One plain line on stderr, for people."""
-    print(safe(message), file=sys.stderr, flush=True)
+    """One plain line on stderr, for people. Where nobody reads it any more, nothing stops."""
+    with suppress(OSError, ValueError):
+        print(safe(message), file=sys.stderr, flush=True)
 
 
 def print_table(title: str, rows: Sequence[tuple[object, ...]], headers: Sequence[str] | None = None) -> None:
@@ -76,9 +77,18 @@ def print_table(title: str, rows: Sequence[tuple[object, ...]], headers: Sequenc
 
 
 def duration(seconds: float) -> str:
-    """`1 h 20 min`, or `3 min 20 s` below an hour."""
+    """`1 h 20 min`, `3 min 20 s` below an hour, `20 s` below a minute."""
     hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {int(seconds % 60)} s"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {int(seconds % 60)} s" if minutes else f"{int(seconds)} s"
+
+
+def size(n_bytes: float) -> str:
+    """`4.4 kB`, `338 MB`, `2.1 GB`."""
+    unit, scale = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6)) if n_bytes >= s), ("kB", 1e3))
+    value = n_bytes / scale
+    return f"{value:,.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
 
 
 @contextmanager
@@ -108,15 +118,25 @@ def progress_bar(description: str, total: float | None, unit: str = "") -> Itera
 
 
 def make_streams_robust() -> None:
-    """Let an ASCII locale spell out what it cannot print (\\u00e9) instead of failing on it."""
+    """Let an ASCII locale spell out what it cannot print (\\u00e9), and closed streams swallow what is written.
+
+    A stream that was closed (`>&-`) is replaced by the null device under its own number: else the next file that is
+    opened, a checkpoint perhaps, would get that number and whatever is printed there.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 # open to the end
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
-def silence_stdout() -> None:
-    """After a closed pipe: point stdout at nothing, so that the interpreter's last flush cannot fail as well."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+def _abandon_broken_stdout() -> None:
+    """Where stdout takes no more (a closed pipe, a full disk), let the interpreter's own last flush go nowhere."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
@@ -124,8 +144,9 @@ def error_boundary() -> Iterator[None]:
     """Turn whatever a command raises into a message of one or two lines and an exit code (DESIGN, section 5)."""
     try:
         yield
+        sys.stdout.flush()  # here, where a full disk can still be reported
     except BrokenPipeError:  # `minigpt sample | head -1`: the reader has had enough, and that is no failure
-        silence_stdout()
+        _abandon_broken_stdout()
         raise typer.Exit(0) from None
     except KeyboardInterrupt:
         _fail("interrupted", 130)
@@ -136,13 +157,16 @@ def error_boundary() -> Iterator[None]:
     except OSError as error:
         what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error))
         where = f": {error.filename}" if error.filename else ""
+        _abandon_broken_stdout()
         _fail(f"{what}{where}", 1)
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:
-        if type(error).__module__.startswith("typer."):  # a usage error: Typer prints it and exits with 2
-            raise
-        _fail(f"internal error: {type(error).__name__}: {error} (run again with --debug for the traceback)", 1)
+        if hasattr(error, "format_message"):  # Typer's: an argument that does not exist, is missing or cannot be read
+            command = getattr(getattr(error, "ctx", None), "command_path", "minigpt")
+            _fail(f"{error.format_message()}\nTry: {command} --help", 2)
+        what = (str(error).strip().splitlines() or ["no message"])[0]
+        _fail(f"internal error: {type(error).__name__}: {what} (run again with --debug for the traceback)", 1)
 
 
 def _fail(message: str, code: int) -> None:

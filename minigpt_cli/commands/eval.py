@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,7 +57,8 @@ def evaluate(
     characters, n_bytes = text_size(tokens, tokenizer)
     bits = score.loss * score.tokens / math.log(2)
     result: dict[str, Any] = {
-        "loss": score.loss, "standard_error": score.standard_error, "perplexity": score.perplexity,
+        "loss": score.loss, "standard_error": score.standard_error if score.tokens > config.model.block_size else None,
+        "perplexity": score.perplexity if math.isfinite(score.perplexity) else None,
         "bits_per_character": bits / max(1, characters), "bits_per_byte": bits / max(1, n_bytes),
         "accuracy": score.accuracy, "tokens": score.tokens, "characters": characters, "bytes": n_bytes,
         "step": checkpoint.header.step, "precision": runtime.precision,
@@ -81,11 +83,16 @@ def _find_tokens(checkpoint: Checkpoint, data: Path | None, split: str) -> tuple
         if split != "val":
             raise UserError("--split goes with a dataset folder; a text file is scored whole")
         training = Path(checkpoint.config.data.path)
-        same = training.is_dir() and Dataset(training).meta.fingerprint == checkpoint.header.dataset_fingerprint
-        return _encode(checkpoint, path), Dataset(training).train if same else None
-    if data is None and not path.exists():
+        train = None
+        with suppress(UserError):  # baselines only where the training data still lies there whole
+            if (dataset := Dataset(training)).meta.fingerprint == checkpoint.header.dataset_fingerprint:
+                train = dataset.train
+        return _encode(checkpoint, path), train
+    if not path.exists():
         raise UserError(
-            f"{path}, the data it was trained on, is not here; name a dataset folder or a text file with --data"
+            f"{path}: no such file or folder"
+            if data is not None
+            else f"{path}, the data it was trained on, is not here; name a dataset folder or a text file with --data"
         )
     dataset = Dataset(path)
     if dataset.meta.tokenizer != checkpoint.tokenizer.to_json():
@@ -102,7 +109,10 @@ def _encode(checkpoint: Checkpoint, path: Path) -> Tokens:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    return checkpoint.tokenizer.encode(text)
+    try:
+        return checkpoint.tokenizer.encode(text)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _score(model: GPT, tokens: Tokens, runtime: Runtime, what: str) -> Score:
@@ -118,9 +128,10 @@ def _score(model: GPT, tokens: Tokens, runtime: Runtime, what: str) -> Score:
 
 
 def _print(result: dict[str, Any], title: str) -> None:
+    error, perplexity = result["standard_error"], result["perplexity"]  # None: of one window; too large for a float
     rows = [
-        ("loss (nats per token)", f"{result['loss']:.4f} +/- {result['standard_error']:.4f}"),
-        ("perplexity", f"{result['perplexity']:,.3f}"),
+        ("loss (nats per token)", f"{result['loss']:.4f}" + (f" +/- {error:.4f}" if error is not None else "")),
+        ("perplexity", f"{perplexity:,.3f}" if perplexity is not None else "beyond all bounds"),
         ("bits per character", f"{result['bits_per_character']:.4f}"),
         ("bits per byte", f"{result['bits_per_byte']:.4f}"),
         ("top-1 accuracy", f"{result['accuracy']:.2%}"),

@@ -34,14 +34,17 @@ def sample(
         typer.Option("--top-p", help="Choose among the likeliest tokens that hold P of the probability."),
     ] = None,
     num_samples: Annotated[
-        int, typer.Option("--num-samples", help="How many texts, made side by side in one batch.")
+        int, typer.Option("--num-samples", help="How many texts, made side by side; a line --- stands between them.")
     ] = 1,
     seed: Annotated[
         int | None, typer.Option("--seed", help="The same seed gives the same text. [default: a new one]")
     ] = None,
     stop: Annotated[str | None, typer.Option("--stop", help="End a text before this string.")] = None,
     show_probs: Annotated[
-        bool, typer.Option("--show-probs", help="Show each token's probability and the alternatives.")
+        bool,
+        typer.Option(
+            "--show-probs", help="Show each token with its probability (before temperature) and the likeliest others."
+        ),
     ] = False,
     exact_window: Annotated[
         bool, typer.Option("--exact-window", help="Past the context window, recompute it for every token.")
@@ -54,9 +57,9 @@ def sample(
 ) -> None:
     """Write text with a trained model.
 
-    Prompt and text go to stdout as they are made. When the context window is full, its newest half is kept and read
-    again, because learned positions cannot slide; --exact-window instead recomputes the whole window for every token,
-    as the original scripts did: slower, with the longest context for each token.
+    Prompt and text go to stdout as they are made, and nothing else does. When the context window is full, its newest
+    half is kept and read again, because learned positions cannot slide; --exact-window instead recomputes the whole
+    window for every token, as the original scripts did: slower, with the longest context for each token.
 
     Example: minigpt sample --ckpt checkpoints/best.safetensors --prompt "ROMEO:" --temperature 0.8
     """
@@ -88,20 +91,13 @@ def sample(
     stream = generate(
         model, prompt_BP, tokens, Sampling(temperature, top_k, top_p), generator=generator, exact_window=exact_window
     )
-    if show_probs:
-        _print_probabilities(stream, tokenizer, prompt or "")
-    elif num_samples == 1:
-        _print_stream(stream, tokenizer, prompt or "", stop, raw)
-    else:
-        texts = [_Text(tokenizer, stop) for _ in range(num_samples)]
-        for ids_B, _ in stream:
-            for text, token in zip(texts, ids_B.tolist(), strict=True):
-                text.add(token)
-            if all(text.ended for text in texts):
-                break
-        for i, text in enumerate(texts):
-            print(f"{'' if i == 0 else chr(10)}--- sample {i + 1} ---", file=sys.stderr, flush=True)
-            _write((prompt or "") + text.take() + text.finish() + "\n", raw)
+    try:
+        if show_probs:
+            _print_probabilities(stream, tokenizer, prompt or "", stop)
+        else:
+            _print_texts(stream, tokenizer, prompt or "", stop, raw, num_samples)
+    except KeyboardInterrupt:  # what is written is written
+        raise typer.Exit(130) from None
 
 
 def _check_arguments(
@@ -157,6 +153,8 @@ class _Text:
                 if self._stop.startswith(self._held[-n:])
             )
             certain = len(self._held) - next(overlaps, 0)
+        if self._held[certain - 1 : certain] == "\r" and not self.ended:  # half of a Windows line end, perhaps
+            certain -= 1
         text, self._held = self._held[:certain], self._held[certain:]
         return text
 
@@ -173,16 +171,20 @@ class _Text:
             self._held, self.ended = self._held[: self._held.index(self._stop)], True
 
 
-def _print_stream(stream: Any, tokenizer: Tokenizer, prompt: str, stop: str | None, raw: bool) -> None:
-    _write(prompt, raw)
-    text = _Text(tokenizer, stop)
+def _print_texts(stream: Any, tokenizer: Tokenizer, prompt: str, stop: str | None, raw: bool, count: int) -> None:
+    """The first text as it grows; the others, made beside it, when all are done."""
+    texts = [_Text(tokenizer, stop) for _ in range(count)]
     try:
+        _write(prompt, raw)
         for ids_B, _ in stream:
-            text.add(int(ids_B))
-            _write(text.take(), raw)
-            if text.ended:
+            for text, token in zip(texts, ids_B.tolist(), strict=True):
+                text.add(token)
+            _write(texts[0].take(), raw)
+            if all(text.ended for text in texts):
                 break
-        _write(text.finish(), raw)
+        _write(texts[0].finish(), raw)
+        for text in texts[1:]:
+            _write(f"\n---\n{prompt}{text.finish()}", raw)
     finally:
         if sys.stdout.isatty():
             print(flush=True)
@@ -194,22 +196,29 @@ def _write(text: str, raw: bool) -> None:
         sys.stdout.flush()
 
 
-def _print_probabilities(stream: Any, tokenizer: Tokenizer, prompt: str) -> None:
+def _print_probabilities(stream: Any, tokenizer: Tokenizer, prompt: str, stop: str | None) -> None:
     """A line a token: itself, the model's probability for it (before temperature and cuts), and the five likeliest."""
     from rich.text import Text
 
-    console = stdout()
+    console, pieces, text = stdout(), [_quoted(piece) for piece in tokenizer.token_bytes()], _Text(tokenizer, stop)
     if prompt:
         console.print(Text(safe(prompt)), soft_wrap=True)
     for ids_B, logits_BV in stream:
-        probs_V = logits_BV[0].softmax(dim=-1)
+        token, probs_V = int(ids_B), logits_BV[0].softmax(dim=-1)
         likeliest = probs_V.topk(min(5, len(probs_V)))
-        chosen = float(probs_V[int(ids_B)])
+        chosen = float(probs_V[token])
         colour = next(name for floor, name in ((0.5, "green"), (0.1, "yellow"), (0.0, "red")) if chosen >= floor)
-        line = Text(f"{_shown(tokenizer, int(ids_B)):<12} {chosen:7.2%}  ", style=colour)
-        others = (f"{_shown(tokenizer, int(i))} {float(p):.1%}" for p, i in zip(*likeliest, strict=True))
+        line = Text(f"{pieces[token]:<12} {chosen:7.2%}  ", style=colour)
+        others = (f"{pieces[int(i)]} {float(p):.1%}" for p, i in zip(*likeliest, strict=True))
         console.print(line + Text("  ".join(others), style="dim"), soft_wrap=True)
+        text.add(token)
+        if text.ended:
+            break
 
 
-def _shown(tokenizer: Tokenizer, token: int) -> str:
-    return safe(repr(tokenizer.token_bytes()[token].decode("utf-8", "backslashreplace")))
+def _quoted(piece: bytes) -> str:
+    """A token in quotes, safe for a terminal; bytes that are only a part of a character as \\xe6."""
+    try:
+        return safe(repr(piece.decode("utf-8")))
+    except UnicodeDecodeError:
+        return repr(piece)[1:]

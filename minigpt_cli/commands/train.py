@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minigpt_cli.commands.console import Debug, duration, note, print_table, safe
+from minigpt_cli.commands.console import Debug, duration, note, print_table, safe, size
 from minigpt_cli.core.errors import Stopped, UserError
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def _run(config: Config, dataset: Dataset, *, resume: bool, overwrite: bool, all
     path = Path(config.out_dir)
     if resume and not path.is_dir():
         raise UserError(f"{path}: no run to resume; run without --resume to start")
+    runtime = _choose_runtime(config, None)  # before the folder is touched: there may be no such device
     with StopSignals() as stop, open_run(path) as folder:
         if folder.holds_run() and not (resume or overwrite):
             raise UserError(
@@ -104,13 +105,15 @@ def _run(config: Config, dataset: Dataset, *, resume: bool, overwrite: bool, all
                 "--out DIR goes elsewhere"
             )
         saved = _load_for_resume(config, dataset, folder, allow_data_change) if resume else None
-        runtime = _choose_runtime(config, saved)
         if saved is not None and saved.header.step >= config.train.max_iters:
             note(
                 f"{path}: this run is finished (step {saved.header.step:,}); "
                 "to go on give it more steps: --resume --set train.max_iters=N"
             )
             return
+        if saved is not None:
+            note(f"resuming {saved.path} at step {saved.header.step:,}")
+            runtime = _choose_runtime(config, saved)
         for line in runtime.notes:
             note(line)
         if saved is None:
@@ -138,7 +141,7 @@ def _run(config: Config, dataset: Dataset, *, resume: bool, overwrite: bool, all
 
 
 def _load_for_resume(config: Config, dataset: Dataset, folder: RunFolder, allow_data_change: bool) -> Checkpoint:
-    from minigpt_cli.core.train import check_resumable
+    from minigpt_cli.core.run import check_resumable
 
     saved, problems = folder.newest()
     for problem in problems:
@@ -146,7 +149,6 @@ def _load_for_resume(config: Config, dataset: Dataset, folder: RunFolder, allow_
     changed = check_resumable(saved, config, dataset, allow_data_change=allow_data_change)
     for key, (old, new) in changed.items():
         note(f"changed since the last session: {key}: {old} -> {new}")
-    note(f"resuming {saved.path} at step {saved.header.step:,}")
     return saved
 
 
@@ -214,8 +216,8 @@ def _show_plan(config: Config, dataset: Dataset) -> None:
             ("steps per epoch", f"{len(dataset.train) / per_step:,.1f}"),
             ("steps", f"{train.max_iters:,}"),
             ("epochs", f"{train.max_iters * per_step / len(dataset.train):,.1f}"),
-            *((f"memory: {part} (estimated)", f"{size / 1e6:,.0f} MB") for part, size in memory.items()),
-            ("memory: peak in a real step", f"{speed.peak_memory_bytes / 1e6:,.0f} MB"),
+            *((f"memory: {part} (estimated)", size(n_bytes)) for part, n_bytes in memory.items()),
+            ("memory: peak in a real step", size(speed.peak_memory_bytes)),
             ("device", describe_device(runtime.device)),
             ("one step", f"{speed.step_seconds * 1e3:,.0f} ms, loss {speed.loss:.3f}"),
             ("estimated time", duration(min(seconds, (train.max_minutes or float("inf")) * 60))),

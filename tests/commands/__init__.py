@@ -1,0 +1,1 @@
+"""The commands, tested as a user meets them."""
