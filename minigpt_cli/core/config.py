@@ -5,6 +5,7 @@ Precedence: defaults < file < `--set section.key=value` < named flags (which arr
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 import re
@@ -132,10 +133,17 @@ def load_config(config: str | None, overrides: Sequence[tuple[str, Any]] = ()) -
 
     `overrides` are pairs of a dotted key and a value, later ones win. Raises UserError naming the key and the remedy.
     """
-    document, where = ({}, "--set") if config is None else _read(_find(config))
+    document = {} if config is None else _read(_find(config))
+    merged = copy.deepcopy(document)
     for key, value in overrides:
-        _assign(document, key, value)
-    return parse_config(document, where)
+        _assign(merged, key, value)
+    try:
+        return parse_config(merged, config or "--set")
+    except UserError:
+        if config is None or not overrides:
+            raise
+        parse_config(document, config)  # raises if the file itself is at fault; if not,
+        return parse_config(merged, "--set")  # what was put on top of it is
 
 
 def parse_config(document: object, where: str) -> Config:
@@ -198,7 +206,7 @@ def _find(config: str) -> Path:
     raise UserError(f"{config}: no such file, and no config of that name; {hint}shipped: {', '.join(shipped)}")
 
 
-def _read(path: Path) -> tuple[dict[str, Any], str]:
+def _read(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_CONFIG_BYTES + 1)
@@ -214,7 +222,7 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
         document = {}
     if not isinstance(document, dict):
         raise UserError(f"{path}: a config is a mapping of sections (data, model, train, runtime)")
-    return {key: value for key, value in document.items() if value is not None}, str(path)  # a section commented out
+    return {key: value for key, value in document.items() if value is not None}  # a section commented out
 
 
 class _Loader(yaml.SafeLoader):
@@ -309,6 +317,8 @@ def _explain(error: Any, document: object) -> str:
         return f"{key}: {error['ctx']['error']}"
     if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return f"{key or 'the config'}: expected a section of keys, not {shown}"
+    if key == "runtime.device" or (error["loc"] and error["loc"][-1] == "device"):
+        return f"{key}: should be auto, cpu, cuda, cuda:N or mps, not {shown}"
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{key}: {message.removeprefix('input ')}, not {shown}"
 

@@ -248,7 +248,8 @@ def _write(folder: Path, corpus: _Corpus, tok: Tokenizer, n_train: int, source: 
             for text in _recut((text for _, text in group), tok.last_cut):
                 (train if is_train else val).write(text)
         canonical = json.dumps(tok.to_json(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-        fingerprint = back.hexdigest(canonical.encode("ascii"))
+        counts = f"{train.tokens},{val.tokens}"  # else another split of the same text would look the same
+        fingerprint = back.hexdigest(f"{canonical}{counts}".encode("ascii"))
         for file in (train_file, val_file):
             file.flush()
             os.fsync(file.fileno())

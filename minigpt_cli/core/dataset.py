@@ -44,7 +44,7 @@ class InputMeta(_Document):
 
 
 class DatasetMeta(_Document):
-    """meta.json. `fingerprint` is the sha256 of train.bin, val.bin and the tokenizer's canonical JSON."""
+    """meta.json. `fingerprint` is the sha256 of train.bin, val.bin, the tokenizer's JSON and both token counts."""
 
     format_version: Annotated[int, Field(ge=1)] = FORMAT_VERSION
     dtype: Literal["uint16", "uint32"]

@@ -48,7 +48,7 @@ def evaluate(
     Draws nothing at random. Returns None if `stop` turned true on the way. Raises UserError below two tokens.
     """
     if len(tokens) < 2:
-        raise UserError(f"this text has {len(tokens)} tokens; evaluating needs at least 2")
+        raise UserError(f"this text has {len(tokens)} token(s); evaluating needs at least 2")
     was_training = model.training
     model.eval()
     losses, hits, sizes = [], [], []

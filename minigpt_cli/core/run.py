@@ -124,8 +124,9 @@ def open_run(path: Path) -> Iterator[RunFolder]:
         owner = path / ".owner.json"
         owner.write_text(json.dumps({"pid": os.getpid(), "host": platform.node()}))
         yield RunFolder(path)
-        owner.unlink(missing_ok=True)
     finally:
+        with contextlib.suppress(OSError):
+            (path / ".owner.json").unlink(missing_ok=True)
         lock.release()
 
 

@@ -122,7 +122,8 @@ def describe_device(device: torch.device) -> str:
     """For people and for benchmark tables: `NVIDIA H100 80GB HBM3`, or `cpu (x86_64, 2 threads)`."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"{device.type} ({platform.machine()}, {threads} thread{'s' * (threads > 1)})"
 
 
 def first_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ def verdict(result: Result, records: Sequence[Record]) -> list[str]:
     """Sentences: best step, epochs seen, whether it overfits, what to change. `records` is metrics.jsonl."""
     progress = result.progress
     losses = [record["val_loss"] for record in records if "val_loss" in record]
-    training = [record["train_loss"] for record in records if "train_loss" in record][-10:]
+    training = [(record["step"], record["train_loss"]) for record in records if "train_loss" in record]
     if progress.best_loss is None or not losses:
         return [f"Stopped after step {progress.step}, before the first evaluation."]
     lines = [
@@ -25,14 +25,23 @@ def verdict(result: Result, records: Sequence[Record]) -> list[str]:
         lines.append(f"Stopped early: {progress.worse} evaluations without a better one (train.patience).")
     if result.reason == "time":
         lines.append("Stopped by the time budget (train.max_minutes), before train.max_iters.")
-    last, gap = losses[-1], losses[-1] - sum(training) / len(training) if training else 0.0
-    if last > progress.best_loss * (1 + NOTICEABLE):
+    last, final = losses[-1], _mean([loss for _, loss in training][-10:])
+    gap = last - final if training else 0.0
+    at_best = _mean([loss for step, loss in training if step <= progress.best_step][-10:])
+    if last > progress.best_loss * (1 + NOTICEABLE) and final < at_best:
         lines.append(
             f"It overfits: since then the validation loss rose to {last:.4f} while the training loss fell on. "
             f"Use best.safetensors; next time stop near step {progress.best_step:,} "
             "(train.max_iters or train.patience), raise model.dropout, or add text."
         )
-    elif len(losses) >= 3 and losses[-2] - last > NOTICEABLE / 2 * last and result.reason in ("finished", "time"):
+    elif last > progress.best_loss * (1 + NOTICEABLE):
+        lines.append(
+            f"It lost its way: since then the validation loss rose to {last:.4f}, and the training loss did not fall. "
+            "A lower train.learning_rate, train.warmup_iters or train.grad_clip=1.0 should help."
+        )
+    elif len(losses) < 3:
+        lines.append("Too few evaluations to tell more: train longer, or lower train.eval_interval.")
+    elif losses[-2] - last > NOTICEABLE / 2 * last and result.reason in ("finished", "time"):
         more = "train.max_minutes" if result.reason == "time" else "train.max_iters"
         lines.append(f"It was still learning at the end: a larger {more} (with --resume) will lower the loss further.")
     elif gap > 0.15 * last:
@@ -45,6 +54,10 @@ def verdict(result: Result, records: Sequence[Record]) -> list[str]:
             "No sign of overfitting; the curve has flattened. A larger model, or a longer context, could go lower."
         )
     return lines
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
 
 
 def _epochs(result: Result, step: int) -> str:

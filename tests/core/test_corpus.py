@@ -78,7 +78,8 @@ def test_char_ids_and_files_are_the_seeds(tmp_path: Path, text_file: Callable[..
     stored = (report.out / "train.bin").read_bytes()
     assert stored == np.array([stoi[c] for c in MIXED[:n]], dtype="<u2").tobytes()
     canonical = json.dumps(report.meta.tokenizer, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
-    whole = stored + (report.out / "val.bin").read_bytes() + canonical
+    counts = f"{n},{len(MIXED) - n}".encode()
+    whole = stored + (report.out / "val.bin").read_bytes() + canonical + counts
     assert report.meta.fingerprint == hashlib.sha256(whole).hexdigest()
     assert sorted(os.listdir(report.out)) == ["meta.json", "train.bin", "val.bin"]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
