@@ -155,11 +155,12 @@ def _load_for_resume(config: Config, dataset: Dataset, folder: RunFolder, allow_
 def _choose_runtime(config: Config, saved: Checkpoint | None) -> Runtime:
     from minigpt_cli.core.runtime import choose_runtime
 
-    wanted = config.runtime
-    if saved is not None and wanted.precision == "auto":  # a measured choice could fall otherwise this time
-        wanted = wanted.model_copy(update={"precision": saved.header.progress.precision})
-    rows = config.train.batch_size // config.train.accumulation * config.model.block_size
-    return choose_runtime(wanted, width=config.model.n_embd, rows=rows)
+    width, rows = config.model.n_embd, config.train.batch_size // config.train.accumulation * config.model.block_size
+    if saved is not None and config.runtime.precision == "auto":  # a measured choice could fall otherwise this time
+        as_before = config.runtime.model_copy(update={"precision": saved.header.progress.precision})
+        with suppress(UserError):  # another machine, which cannot do what that one did
+            return choose_runtime(as_before, width=width, rows=rows)
+    return choose_runtime(config.runtime, width=width, rows=rows)
 
 
 def _warn_if_slow(config: Config, dataset: Dataset, runtime: Runtime) -> None:

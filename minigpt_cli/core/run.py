@@ -153,4 +153,9 @@ def check_resumable(
             f"{dataset.folder} is not the data that {saved.path} was trained on; "
             "use the old data, or go on with this with --allow-data-change"
         )
+    if saved.header.tokenizer != dataset.meta.tokenizer:
+        raise UserError(
+            f"{dataset.folder} was prepared with another tokenizer than {saved.path} knows; prepare the text with the "
+            "same one, or start a new run with --out"
+        )
     return changed

@@ -199,12 +199,17 @@ class Trainer:
         self.progress.step = step + 1
 
     def _log(self, log_from: tuple[int, float]) -> tuple[int, float]:
-        """One record of the steps since the last. Here the host waits for the device."""
+        """One record of the steps since the last. Here the host waits for the device.
+
+        At the very end it may come between two intervals; then it leaves the running mean alone, so that a longer run
+        that goes on from here logs what it would have logged.
+        """
         progress, train = self.progress, self.config.train
         self._check_finite()
         loss = self.statistics.loss_sum.item() / (progress.step - progress.logged_at)
-        self.statistics.loss_sum.zero_()
-        progress.logged_at = progress.step
+        if progress.step % train.log_interval == 0:
+            self.statistics.loss_sum.zero_()
+            progress.logged_at = progress.step
         now = time.perf_counter()
         tokens = (progress.step - log_from[0]) * train.batch_size * self.config.model.block_size
         self._record(

@@ -63,11 +63,14 @@ def test_stopped_and_resumed_is_never_stopped(
     assert ends[0] == ends[1]
 
 
-def test_a_longer_run_goes_on_from_a_finished_one(run_training: RunTraining) -> None:
-    whole, _, _ = run_training("whole", small_config(max_iters=24))
-    run_training("parts", small_config(max_iters=12))
-    parts, _, _ = run_training("parts", small_config(max_iters=24), resume=True)
+@pytest.mark.parametrize("end", [12, 10], ids=["at a log", "between two logs"])
+def test_a_longer_run_goes_on_from_a_finished_one(run_training: RunTraining, end: int) -> None:
+    whole, told, _ = run_training("whole", small_config(max_iters=24))
+    run_training("parts", small_config(max_iters=end))
+    parts, told_later, _ = run_training("parts", small_config(max_iters=24), resume=True)
     assert_same_tensors(whole.last, parts.last)
+    later = [record for record in without_time(told.records) if record["step"] > end]
+    assert without_time(told_later.records) == later
 
 
 def test_fp16_loss_scaling_resumes_exactly(run_training: RunTraining) -> None:
@@ -214,12 +217,27 @@ def test_other_rates_and_intervals_are_allowed_and_told(run_training: RunTrainin
     assert changed == {"train.learning_rate": (0.01, 0.005), "model.dropout": (0.1, 0.2)}
 
 
-def test_other_data_is_refused_unless_allowed(run_training: RunTraining, dataset: Dataset, tmp_path: Path) -> None:
+def test_other_data_is_refused_unless_allowed(run_training: RunTraining, tmp_path: Path, verse: str) -> None:
     folder, _, _ = run_training("run", small_config())
-    other = write_dataset(tmp_path / "other", "another text entirely " * 50)
+    other = write_dataset(tmp_path / "other", verse[::-1])
     with pytest.raises(UserError, match="--allow-data-change"):
         check_resumable(load(folder.last), small_config(), other, allow_data_change=False)
     assert check_resumable(load(folder.last), small_config(), other, allow_data_change=True) == {}
+    foreign = write_dataset(tmp_path / "foreign", "0123456789" * 100)
+    with pytest.raises(UserError, match="another tokenizer"):
+        check_resumable(load(folder.last), small_config(), foreign, allow_data_change=True)
+
+
+def test_the_first_ten_losses_are_the_golden_ones(run_training: RunTraining) -> None:
+    """Committed numbers: a change of initialisation, batches or optimizer shows here first.
+
+    The parts are held by oracles elsewhere; after a deliberate change, copy the new numbers from the failure.
+    """
+    _, told, _ = run_training("run", small_config(max_iters=10, log_interval=1, dropout=0.0))
+    assert list(told.losses("train_loss").values()) == pytest.approx(GOLDEN, abs=2e-4)
+
+
+GOLDEN = [3.3229, 3.3003, 3.2494, 3.1969, 3.1035, 3.0412, 2.994, 3.0355, 2.8567, 2.8349]
 
 
 def test_a_save_that_fails_ends_the_run_and_keeps_the_last_one(run_training: RunTraining, tmp_path: Path) -> None:
