@@ -14,9 +14,10 @@ import minigpt_cli
 PACKAGE = Path(minigpt_cli.__file__).parent
 FLOORS = [
     {"errors", "files", "signals"},
-    {"bpe", "config", "folders", "textfiles"},
-    {"dataset", "layers", "runtime", "tokenizer"},
-    {"corpus", "metrics", "model", "optim"},
+    {"bpe", "folders", "metrics", "plain_yaml", "textfiles"},
+    {"config", "dataset", "tokenizer"},
+    {"corpus", "layers", "optim", "runtime"},
+    {"model"},
     {"checkpoint", "evaluate", "generate"},
     {"run"},
     {"train"},

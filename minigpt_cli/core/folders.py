@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minigpt_cli.core.errors import MinigptError
+from minigpt_cli.core.files import fsync_folder
 
 
 @contextmanager
@@ -51,13 +52,13 @@ def published(out: Path) -> Iterator[Path]:
     try:
         yield folder
         folder.chmod(0o777 & ~_umask())  # mkdtemp makes folders for the owner alone
-        _fsync(folder)
+        fsync_folder(folder)
         old = None
         if out.is_dir():
             old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
             os.rename(out, old)  # onto the empty folder
         os.rename(folder, out)
-        _fsync(out.parent)
+        fsync_folder(out.parent)
         if old:
             shutil.rmtree(old, ignore_errors=True)
     finally:
@@ -68,13 +69,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _fsync(folder: Path) -> None:
-    if os.name != "posix":  # elsewhere a folder cannot be opened, and renames are journalled
-        return
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

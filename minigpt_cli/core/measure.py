@@ -15,8 +15,8 @@ from minigpt_cli.core.dataset import Batches, Tokens
 from minigpt_cli.core.generate import Sampling, generate
 from minigpt_cli.core.model import GPT, lm_loss
 from minigpt_cli.core.optim import make_optimizer
-from minigpt_cli.core.runtime import Runtime, peak_flops, peak_memory_bytes, seed_everything
-from minigpt_cli.core.train import Statistics, memory_advice, train_step
+from minigpt_cli.core.runtime import Runtime, memory_advice, peak_flops, peak_memory_bytes, seed_everything
+from minigpt_cli.core.train import Statistics, train_step
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def measure_training(
     seed_everything(train.seed)
     start = time.perf_counter()
     seconds: list[float] = []
-    with memory_advice(config, runtime):
+    with memory_advice(train, runtime.device):
         model = GPT(config.model, vocab_size).to(runtime.device)
         optimizer, scaler, counters = make_optimizer(model, train), runtime.scaler(), Statistics.zeros(runtime.device)
         batches = Batches(

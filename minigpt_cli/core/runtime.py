@@ -11,14 +11,14 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from minigpt_cli.core.config import RuntimeConfig
-from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.config import RuntimeConfig, TrainConfig
+from minigpt_cli.core.errors import MinigptError, UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -96,6 +96,21 @@ def seed_everything(*key: int) -> None:
     """Seed torch's default generators, which initialisation and dropout draw from, as a pure function of `key`."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+@contextlib.contextmanager
+def memory_advice(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """Where memory runs out inside the block, a MinigptError names the micro batch that trains the same in less."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError on a GPU; torch or numpy on a CPU
+        no_memory = ("out of memory", "not enough memory", "allocate memory")
+        if isinstance(error, RuntimeError) and not any(words in str(error).lower() for words in no_memory):
+            raise
+        batch, rows = config.batch_size, config.batch_size // config.accumulation
+        smaller = max((d for d in range(1, rows // 2 + 1) if batch % d == 0), default=None)
+        remedy = f"--set train.micro_batch_size={smaller} trains the same in less" if smaller else "use a smaller model"
+        raise MinigptError(f"out of memory on {device} with {rows:,} sequences at a time; {remedy}") from None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

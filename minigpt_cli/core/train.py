@@ -6,10 +6,9 @@ evaluated or sampled at any moment without changing what is learned.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from minigpt_cli.core.metrics import Listener
 from minigpt_cli.core.model import GPT, lm_loss
 from minigpt_cli.core.optim import learning_rate_at, make_optimizer, set_learning_rate
 from minigpt_cli.core.run import BackgroundSaver, RunFolder
-from minigpt_cli.core.runtime import Runtime, seed_everything
+from minigpt_cli.core.runtime import Runtime, memory_advice, seed_everything
 from minigpt_cli.core.tokenizer import Tokenizer, from_json
 
 SAMPLE_TOKENS = 200
@@ -100,7 +99,7 @@ def train(
     `stop` is asked after every step; when it answers with something true the run saves and returns. Raises
     MinigptError when the loss or the gradient is not finite, or when a checkpoint cannot be written.
     """
-    with memory_advice(config, runtime):
+    with memory_advice(config.train, runtime.device):
         trainer = Trainer(config, dataset, folder, runtime, listeners, resume, stop)
         try:
             reason = trainer.run()
@@ -109,21 +108,6 @@ def train(
     tokens = trainer.progress.step * config.train.batch_size * config.model.block_size
     best = folder.best if folder.best.exists() else None
     return Result(reason, trainer.progress, tokens / max(1, len(dataset.train)), best, folder.last)
-
-
-@contextlib.contextmanager
-def memory_advice(config: Config, runtime: Runtime) -> Iterator[None]:
-    """Where memory runs out inside the block, a MinigptError names the micro batch that trains the same in less."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError on a GPU; torch or numpy on a CPU
-        no_memory = ("out of memory", "not enough memory", "allocate memory")
-        if isinstance(error, RuntimeError) and not any(words in str(error).lower() for words in no_memory):
-            raise
-        batch, rows = config.train.batch_size, config.train.batch_size // config.train.accumulation
-        smaller = max((d for d in range(1, rows // 2 + 1) if batch % d == 0), default=None)
-        remedy = f"--set train.micro_batch_size={smaller} trains the same in less" if smaller else "use a smaller model"
-        raise MinigptError(f"out of memory on {runtime.device} with {rows:,} sequences at a time; {remedy}") from None
 
 
 class Trainer:

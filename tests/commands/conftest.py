@@ -10,11 +10,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from minigpt_cli.commands import console, main
@@ -35,6 +36,15 @@ TINY = sets(
     train__eval_interval=10, runtime__device="cpu", runtime__precision="fp32",
 )  # fmt: skip
 FOREVER = 10**9  # steps: until a signal comes
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_running() -> Iterator[None]:
+    """A test that fails halfway must not leave a training run behind."""
+    yield
+    for child in psutil.Process().children():
+        if "minigpt_cli" in child.cmdline():
+            child.kill()
 
 
 @dataclass(frozen=True)

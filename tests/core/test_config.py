@@ -23,10 +23,10 @@ from minigpt_cli.core.config import (
     load_config,
     parse_config,
     parse_override,
-    parse_yaml,
     shipped_configs,
 )
 from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.plain_yaml import parse_yaml
 
 
 def parse(text: str) -> Config:
