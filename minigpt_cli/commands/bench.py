@@ -40,7 +40,7 @@ def bench(
     import torch
 
     from minigpt_cli.core.config import load_config, parse_override
-    from minigpt_cli.core.dataset import Dataset, require_window
+    from minigpt_cli.core.dataset import Dataset, require_known_tokens, require_window
     from minigpt_cli.core.measure import measure_decoding, measure_training, random_tokens
     from minigpt_cli.core.model import GPT
     from minigpt_cli.core.runtime import choose_runtime, describe_device
@@ -58,6 +58,7 @@ def bench(
         vocab_size, corpus = 65, "random tokens"
         data = random_tokens(max(1_000_000, 2 * chosen.model.block_size), vocab_size)
     require_window(data, chosen.model.block_size)
+    require_known_tokens(data, vocab_size, Path(chosen.data.path))
     for line in runtime.notes:
         note(line)
     training = measure_training(chosen, data, vocab_size, runtime, steps=steps, max_seconds=seconds)

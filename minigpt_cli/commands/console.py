@@ -108,7 +108,7 @@ def progress_bar(description: str, total: float | None, unit: str = "") -> Itera
         TransferSpeedColumn,
     )
 
-    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn()]
+    columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False), BarColumn()]
     columns += [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn()]
     columns += [TextColumn("ETA"), TimeRemainingColumn()]
     console = stderr()

@@ -76,7 +76,7 @@ def evaluate(
 
 def _find_tokens(checkpoint: Checkpoint, data: Path | None, split: str) -> tuple[Tokens, Tokens | None]:
     """The tokens to score, and the training split to count baselines on where there is one."""
-    from minigpt_cli.core.dataset import Dataset
+    from minigpt_cli.core.dataset import Dataset, require_known_tokens
 
     path = data if data is not None else Path(checkpoint.config.data.path)
     if path.is_file():
@@ -97,6 +97,8 @@ def _find_tokens(checkpoint: Checkpoint, data: Path | None, split: str) -> tuple
     dataset = Dataset(path)
     if dataset.meta.tokenizer != checkpoint.tokenizer.to_json():
         raise UserError(f"{path}: prepared with another tokenizer than the model's; give --data the text file itself")
+    for tokens in (dataset.train, dataset.val):
+        require_known_tokens(tokens, checkpoint.tokenizer.vocab_size, path)
     if dataset.meta.fingerprint != checkpoint.header.dataset_fingerprint:
         note(f"{path} is not the data that this model was trained on")
     return dataset.split("train" if split == "train" else "val"), dataset.train

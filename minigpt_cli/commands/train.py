@@ -58,7 +58,8 @@ def train(
     if resume and overwrite:
         raise UserError("--resume goes on with a run and --overwrite replaces it: choose one")
     from minigpt_cli.core.config import load_config, parse_override
-    from minigpt_cli.core.dataset import Dataset, require_window
+    from minigpt_cli.core.dataset import Dataset, require_known_tokens, require_window
+    from minigpt_cli.core.tokenizer import from_json
 
     overrides = [parse_override(text) for text in settings or []]
     overrides += [("out_dir", out)] if out is not None else []
@@ -70,6 +71,9 @@ def train(
         chosen = _settings_of_run(Path(chosen.out_dir), [("out_dir", chosen.out_dir), *overrides])
     dataset = Dataset(chosen.data.path)
     require_window(dataset.train, chosen.model.block_size)
+    vocab_size = from_json(dataset.meta.tokenizer).vocab_size
+    for split in (dataset.train, dataset.val):
+        require_known_tokens(split, vocab_size, dataset.folder)
     if dry_run:
         _show_plan(chosen, dataset)
         return
@@ -104,8 +108,12 @@ def _run(config: Config, dataset: Dataset, *, resume: bool, overwrite: bool, all
                 f"{path} already holds a run: --resume goes on with it, --overwrite replaces it, "
                 "--out DIR goes elsewhere"
             )
+        resolved = config.to_yaml().encode()
+        if folder.config.exists() and not folder.holds_run() and folder.config.read_bytes() != resolved:
+            raise UserError(f"{folder.config} is not a run's: it would be replaced; choose another folder with --out")
         saved = _load_for_resume(config, dataset, folder, allow_data_change) if resume else None
-        if saved is not None and saved.header.step >= config.train.max_iters:
+        evaluated = saved is not None and saved.header.val_loss is not None
+        if saved is not None and saved.header.step >= config.train.max_iters and evaluated:
             note(
                 f"{path}: this run is finished (step {saved.header.step:,}); "
                 "to go on give it more steps: --resume --set train.max_iters=N"
@@ -118,18 +126,20 @@ def _run(config: Config, dataset: Dataset, *, resume: bool, overwrite: bool, all
             note(line)
         if saved is None:
             _warn_if_slow(config, dataset, runtime)
-            folder.clear()
+            folder.set_aside()
         with atomic_write(folder.config) as file:
-            file.write(config.to_yaml().encode())
-        metrics = JsonLines(folder.metrics, resume_at=saved.header.step if saved else None)
+            file.write(resolved)
+        metrics = JsonLines(folder.metrics, resume_at=saved.header.step if saved else None, evaluated=evaluated)
         display = Display(config, start=saved.header.step if saved else 0)
         try:
             result = run_training(config, dataset, folder, runtime, [metrics, display], resume=saved, stop=stop)
         finally:
             metrics.close()
             display.close()
-            with suppress(OSError):
+            try:
                 plot_losses(folder.metrics, folder.picture)
+            except Exception as error:  # a picture is worth no run
+                note(f"{folder.picture}: not drawn: {error}")
         if result.reason == "stopped":
             raise Stopped(
                 f"stopped at step {result.progress.step:,}, all saved; go on with:\n  {_resume_command()}",
@@ -137,7 +147,8 @@ def _run(config: Config, dataset: Dataset, *, resume: bool, overwrite: bool, all
             )
         for line in verdict(result, read_metrics(folder.metrics)):
             print(safe(line))
-        print(f"Sample from it: minigpt sample --ckpt {shlex.quote(str(result.best or result.last))} --tokens 500")
+        checkpoint = shlex.quote(str(result.best or result.last))
+        print(safe(f"Sample from it: minigpt sample --ckpt {checkpoint} --tokens 500"))
 
 
 def _load_for_resume(config: Config, dataset: Dataset, folder: RunFolder, allow_data_change: bool) -> Checkpoint:
@@ -165,17 +176,22 @@ def _choose_runtime(config: Config, saved: Checkpoint | None) -> Runtime:
 
 def _warn_if_slow(config: Config, dataset: Dataset, runtime: Runtime) -> None:
     """Before hours begin: measure two steps, say how long it will take, and name the config that takes minutes."""
-    if runtime.device.type == "cuda":
-        return
+    from dataclasses import replace
+
+    import torch
+
     from minigpt_cli.core.measure import measure_training
     from minigpt_cli.core.model import GPT
     from minigpt_cli.core.tokenizer import from_json
 
     vocab_size = from_json(dataset.meta.tokenizer).vocab_size
     tokens = config.train.batch_size * config.model.block_size * config.train.max_iters
-    if GPT(config.model, vocab_size).flops_per_token() * tokens < 1e15:  # under an hour on anything
+    with torch.device("meta"):
+        flops = GPT(config.model, vocab_size).flops_per_token() * tokens
+    if flops < 1e15:  # under an hour on anything
         return
-    speed = measure_training(config, dataset.train, vocab_size, runtime, steps=1, max_seconds=0)
+    eager = replace(runtime, compile=False)
+    speed = measure_training(config, dataset.train, vocab_size, eager, steps=1, max_seconds=0)
     hours = speed.step_seconds * config.train.max_iters / 3600
     if config.train.max_minutes is not None:
         hours = min(hours, config.train.max_minutes / 60)
@@ -193,19 +209,23 @@ def _resume_command() -> str:
 
 def _show_plan(config: Config, dataset: Dataset) -> None:
     """--dry-run: what the run will cost, by arithmetic and by one real step. Writes nothing."""
+    import torch
+
     from minigpt_cli.core.measure import estimate_memory, measure_training
     from minigpt_cli.core.model import GPT
-    from minigpt_cli.core.runtime import describe_device
+    from minigpt_cli.core.runtime import describe_device, memory_advice
     from minigpt_cli.core.tokenizer import from_json
 
     runtime = _choose_runtime(config, None)
     for line in runtime.notes:
         note(line)
     train, vocab_size = config.train, from_json(dataset.meta.tokenizer).vocab_size
-    counts = GPT(config.model, vocab_size).parameter_counts()
+    with torch.device("meta"):
+        counts = GPT(config.model, vocab_size).parameter_counts()
     print_table("Parameters", [(name, f"{count:,}") for name, count in counts.items() if count])
     per_step = train.batch_size * config.model.block_size
-    memory = estimate_memory(config, vocab_size)
+    with memory_advice(train, runtime.device):
+        memory = estimate_memory(config, vocab_size)
     speed = measure_training(config, dataset.train, vocab_size, runtime, steps=3, max_seconds=2)
     evaluations = train.max_iters // train.eval_interval + 1
     seconds = speed.step_seconds * (train.max_iters + evaluations * len(dataset.val) / per_step / 3)  # forward: a third

@@ -24,11 +24,10 @@ from minigpt_cli import __version__
 from minigpt_cli.core import tokenizer as tokenizers
 from minigpt_cli.core.config import Config, ModelConfig, parse_config
 from minigpt_cli.core.errors import CheckpointError, MinigptError, UserError
-from minigpt_cli.core.files import atomic_write
+from minigpt_cli.core.files import MAX_JSON_BYTES, atomic_write, bounded_json, too_much_json
 from minigpt_cli.core.model import GPT
 
 FORMAT_VERSION = 1
-MAX_HEADER_BYTES = 10_000_000  # a real header is a few hundred kB; its JSON must not fill memory
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 MODEL, OPTIMIZER = "model.", "optimizer."  # prefixes of tensor names
@@ -40,10 +39,12 @@ class Progress(BaseModel):
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     step: Count = 0  # optimizer steps done
+    tokens_seen: Count = 0
     seconds: float = 0.0  # wall time of training, over all its sessions
     best_loss: float | None = None
     best_step: Count = 0
-    worse: Count = 0  # evaluations since the best
+    patience_loss: float | None = None  # the best of the evaluations that eval_interval asked for
+    worse: Count = 0  # of those, how many since
     val_loss: float | None = None  # of the last evaluation
     evaluated_at: Count = 0
     loss_sum: float = 0.0  # of the steps since the last log
@@ -97,6 +98,13 @@ def library_versions() -> dict[str, str]:
     return {"minigpt": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
+def require_storable(tokenizer: dict[str, Any]) -> None:
+    """Raises UserError if a tokenizer is too large for a header: better before the first step than after it."""
+    document = json.dumps(json.dumps(tokenizer, ensure_ascii=False), ensure_ascii=False).encode()
+    if (reason := too_much_json(document + b" " * 1_000_000)) is not None:  # the rest of the header, generously
+        raise UserError(f"this tokenizer is too large for a checkpoint ({reason}); use a smaller --vocab-size")
+
+
 def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write a checkpoint to `path`: to a temporary name, fsynced, renamed, folder fsynced.
 
@@ -114,7 +122,9 @@ def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -
         end = offset + len(arrays[name])
         layout[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
-    head = json.dumps(layout).encode()
+    head = json.dumps(layout, ensure_ascii=False).encode()
+    if (reason := too_much_json(head)) is not None:
+        raise MinigptError(f"{path}: not written, it could not be read again: its header is {reason}")
     head += b" " * (-len(head) % 8)  # tensors begin at a multiple of 8
     with atomic_write(path) as file:
         file.write(len(head).to_bytes(8, "little") + head)
@@ -152,9 +162,9 @@ def read_header(path: Path) -> Header:
             length = int.from_bytes(file.read(8), "little")
             if size < 16 or not 2 <= length <= size - 8:
                 raise CheckpointError(f"{path}: not a checkpoint: {_what_is_it(path, size)}")
-            if length > MAX_HEADER_BYTES:
+            if length > MAX_JSON_BYTES:
                 raise CheckpointError(f"{path}: not a checkpoint of ours: a header of {length:,} bytes")
-            layout = json.loads(file.read(length))
+            layout = bounded_json(file.read(length))
         metadata = layout["__metadata__"]
         document = metadata["minigpt"]
         if hashlib.sha256(document.encode()).hexdigest() != metadata["minigpt_sha256"]:

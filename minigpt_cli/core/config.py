@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from typing_extensions import Self
 
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.plain_yaml import dump_yaml, parse_yaml
 
-MAX_CONFIG_BYTES = 1_000_000
+MAX_CONFIG_BYTES = 100_000
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1, le=1 << 40)]
@@ -54,7 +53,7 @@ class ModelConfig(Section):
     init: Literal["gpt2", "torch"] = "gpt2"  # N(0, 0.02) with zero biases, or PyTorch's defaults
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> Self:
+    def _heads_divide_width(self) -> ModelConfig:
         if self.n_layer and self.n_embd % self.n_head:
             below = self.n_embd // self.n_head * self.n_head
             near = " or ".join(str(n) for n in (below, below + self.n_head) if n)
@@ -87,7 +86,7 @@ class TrainConfig(Section):
     keep: Annotated[int, Field(ge=0)] = 0  # numbered snapshots to keep beside `last` and `best`
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _consistent(self) -> TrainConfig:
         micro = self.micro_batch_size
         if micro is not None and self.batch_size % micro:
             divisors = sorted(d for i in range(1, math.isqrt(self.batch_size) + 1) if self.batch_size % i == 0

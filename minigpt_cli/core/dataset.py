@@ -7,7 +7,6 @@ depend on how many devices share it or on when the run evaluates.
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,13 +14,13 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.files import MAX_JSON_BYTES, bounded_json
 
 if TYPE_CHECKING:  # torch is imported where batches become tensors: `prepare` starts faster without it
     import torch
     from torch import Tensor
 
 FORMAT_VERSION = 1
-MAX_META_BYTES = 256 << 20  # a tokenizer of a million entries fits; a lie about the size does not
 
 Split = Literal["train", "val"]
 Tokens = np.ndarray[Any, np.dtype[Any]]
@@ -87,9 +86,9 @@ class Dataset:
 def _read_meta(folder: Path) -> DatasetMeta:
     path = folder / "meta.json"
     try:
-        if path.stat().st_size > MAX_META_BYTES or not path.is_file():
+        if path.stat().st_size > MAX_JSON_BYTES or not path.is_file():
             raise UserError(f"{path}: too large, or no plain file: not a dataset's meta.json")
-        document = json.loads(path.read_bytes())
+        document = bounded_json(path.read_bytes())
         version = document.get("format_version") if isinstance(document, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise UserError(f"{folder}: this dataset was made by a newer minigpt; update minigpt or prepare it again")
@@ -106,7 +105,7 @@ def _read_meta(folder: Path) -> DatasetMeta:
         where = repr(".".join(str(part) for part in first["loc"]))[1:-1][:100]
         raise UserError(f"{path}: damaged: {where}: {first['msg']}; prepare the dataset again") from None
     except (ValueError, RecursionError):
-        raise UserError(f"{path}: damaged: not JSON; prepare the dataset again") from None
+        raise UserError(f"{path}: damaged: not JSON, or too much of it; prepare the dataset again") from None
 
 
 def require_window(tokens: Tokens, block_size: int) -> None:
@@ -116,6 +115,13 @@ def require_window(tokens: Tokens, block_size: int) -> None:
             f"the training split has {len(tokens):,} tokens, and a context of {block_size:,} needs at least "
             f"{block_size + 1:,}; use a longer text, or a smaller model.block_size"
         )
+
+
+def require_known_tokens(tokens: Tokens, vocab_size: int, where: Path) -> None:
+    """Raises UserError if the tokens hold an id that the vocabulary has not. Reads them once, in pieces."""
+    for start in range(0, len(tokens), 1 << 24):
+        if (largest := int(tokens[start : start + (1 << 24)].max())) >= vocab_size:
+            raise UserError(f"{where}: damaged: token {largest} in a vocabulary of {vocab_size}; prepare it again")
 
 
 def window_offsets(n_tokens: int, block_size: int, *, seed: int, step: int, batch_size: int, sampling: str) -> Tokens:

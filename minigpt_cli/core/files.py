@@ -1,14 +1,33 @@
-"""Files that are whole or not there at all."""
+"""Files that are whole or not there at all, and JSON from elsewhere that cannot fill memory."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 TEMPORARY = ".tmp-"  # how the name of a file begins that a killed process may leave behind
+
+MAX_JSON_BYTES = 32_000_000
+MAX_JSON_PARTS = 1_000_000  # objects, lists and their entries: an empty object takes 2 bytes of JSON and 64 of memory
+
+
+def bounded_json(data: bytes) -> Any:
+    """json.loads for bytes from elsewhere. ValueError if it is no JSON, or so much of it that it would fill memory."""
+    if (reason := too_much_json(data)) is not None:
+        raise ValueError(reason)
+    return json.loads(data)
+
+
+def too_much_json(data: bytes) -> str | None:
+    """Why `bounded_json` would refuse this much, or None."""
+    if len(data) > MAX_JSON_BYTES:
+        return f"{len(data):,} bytes of JSON, at most {MAX_JSON_BYTES:,} are read"
+    parts = data.count(b",") + data.count(b"{") + data.count(b"[")
+    return f"JSON of {parts:,} parts, at most {MAX_JSON_PARTS:,} are read" if parts > MAX_JSON_PARTS else None
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from minigpt_cli.core.errors import MinigptError
+from minigpt_cli.core.errors import MinigptError, UserError
 from minigpt_cli.core.files import fsync_folder
 
 
@@ -26,6 +26,8 @@ def locked(path: Path, holder: str) -> Iterator[None]:
     try:
         lock.acquire()
     except filelock.Timeout:
+        if not Path(lock.lock_file).exists():  # what filelock also says where no file can be made
+            raise UserError(f"{path}: cannot be written; choose another folder with --out") from None
         raise MinigptError(f"{path}: {holder}; wait for that one to end") from None
     try:
         yield

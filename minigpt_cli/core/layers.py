@@ -33,7 +33,6 @@ class KVCache:
 
     def __init__(self, batch: int, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.layers = [LayerCache(batch, config, device, dtype) for _ in range(config.n_layer)]
-        self.capacity = config.block_size
         self.length = 0  # tokens in the cache; `GPT.forward` moves it on
 
     def clear(self) -> None:

@@ -6,6 +6,7 @@ A listener hears of a run through five methods; the trainer does not know who th
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,17 @@ class Listener:
 class JsonLines(Listener):
     """metrics.jsonl: one JSON object a line, flushed as it comes."""
 
-    def __init__(self, path: Path, *, resume_at: int | None = None) -> None:
-        """`resume_at`: keep the lines up to that step, so that a resumed run neither repeats nor skips any."""
+    def __init__(self, path: Path, *, resume_at: int | None = None, evaluated: bool = True) -> None:
+        """`resume_at`: keep the lines up to that step, so that a resumed run neither repeats nor skips any.
+
+        `evaluated` says whether that step's evaluation was done; if not, it will be made up for.
+        """
         if resume_at is not None:
-            kept = [record for record in read_metrics(path) if record["step"] <= resume_at]
+            kept = [
+                record
+                for record in read_metrics(path)
+                if record["step"] < resume_at + ("val_loss" not in record or evaluated)
+            ]
             with atomic_write(path) as file:
                 file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
         self._file = path.open("a" if resume_at is not None else "w", encoding="utf-8")
@@ -48,6 +56,9 @@ class JsonLines(Listener):
     def log(self, record: Record) -> None:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+
+    def saved(self, path: Path, step: int) -> None:
+        os.fsync(self._file.fileno())  # the lines before a checkpoint survive what the checkpoint survives
 
     def close(self) -> None:
         self._file.close()

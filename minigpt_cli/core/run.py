@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +33,7 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.picture = path / "loss.png"
+        self._old = path / ".old"
 
     def snapshot(self, step: int) -> Path:
         return self.path / f"step-{step:08d}.safetensors"
@@ -41,12 +43,25 @@ class RunFolder:
         return sorted(self.path.glob("step-*.safetensors"))
 
     def holds_run(self) -> bool:
-        return any(path.exists() for path in (self.last, self.best, self.metrics))
+        return any(path.exists() for path in (self.last, self.best, self.metrics, *self.snapshots()))
 
-    def clear(self) -> None:
-        """Remove the files of the run that was here, and nothing else."""
+    def set_aside(self) -> None:
+        """Make room for a new run: the files of the old one, and nothing else, wait in `.old` until `settle`."""
+        self._old.mkdir(exist_ok=True)
         for path in (self.last, self.best, self.config, self.metrics, self.picture, *self.snapshots()):
-            path.unlink(missing_ok=True)
+            if path.exists():
+                path.replace(self._old / path.name)
+
+    def settle(self) -> None:
+        """Once the new run has a `last`, what was set aside goes; if it ended without one, the old run comes back."""
+        if not self._old.is_dir():
+            return
+        if not self.last.exists():
+            for path in (self.best, self.config, self.metrics, self.picture):
+                path.unlink(missing_ok=True)
+            for path in self._old.iterdir():
+                path.replace(self.path / path.name)
+        shutil.rmtree(self._old)
 
     def newest(self) -> tuple[Checkpoint, list[str]]:
         """The newest checkpoint that verifies, and what to tell about those that did not.
@@ -119,11 +134,18 @@ def open_run(path: Path) -> Iterator[RunFolder]:
     except (OSError, NotImplementedError) as error:
         raise UserError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
     try:
-        for stale in path.glob(f"{TEMPORARY}*"):
-            stale.unlink(missing_ok=True)
+        folder = RunFolder(path)
+        for stale in path.glob(f"{TEMPORARY}*.*"):
+            if stale.is_file():
+                stale.unlink()
+        folder.settle()  # the run that was to replace another was killed
         owner = path / ".owner.json"
         owner.write_text(json.dumps({"pid": os.getpid(), "host": platform.node()}))
-        yield RunFolder(path)
+        try:
+            yield folder
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                folder.settle()
     finally:
         with contextlib.suppress(OSError):
             (path / ".owner.json").unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minigpt_cli.core import checkpoint
 from minigpt_cli.core.checkpoint import MODEL, OPTIMIZER, Checkpoint, Progress
 from minigpt_cli.core.config import Config
 from minigpt_cli.core.dataset import Batches, Dataset
@@ -105,9 +106,8 @@ def train(
             reason = trainer.run()
         finally:
             trainer.saver.close()
-    tokens = trainer.progress.step * config.train.batch_size * config.model.block_size
     best = folder.best if folder.best.exists() else None
-    return Result(reason, trainer.progress, tokens / max(1, len(dataset.train)), best, folder.last)
+    return Result(reason, trainer.progress, trainer.progress.tokens_seen / len(dataset.train), best, folder.last)
 
 
 class Trainer:
@@ -119,6 +119,7 @@ class Trainer:
     ) -> None:  # fmt: skip
         self.config, self.dataset, self.folder, self.runtime = config, dataset, folder, runtime
         self.listeners, self.stop = listeners, stop
+        checkpoint.require_storable(dataset.meta.tokenizer)
         self.tokenizer: Tokenizer = from_json(dataset.meta.tokenizer)
         self.batches = Batches(
             dataset.train, config.model.block_size, config.train.batch_size,
@@ -144,7 +145,8 @@ class Trainer:
         train, progress = self.config.train, self.progress
         log_from = (progress.step, time.perf_counter())  # tokens/s are counted over steps, not over evaluations
         if progress.step and progress.step % train.eval_interval == 0 and progress.evaluated_at < progress.step:
-            self._save(last=False, best=self._evaluate())  # the run was stopped between this step and its evaluation
+            better = self._evaluate()  # the run was stopped between this step and its evaluation
+            self._save(last=progress.evaluated_at == progress.step, best=better)
         while (reason := self._reason_to_end()) is None:
             self._step()
             self.saver.poll()
@@ -158,8 +160,11 @@ class Trainer:
                 self._save(last=progress.step % train.checkpoint_interval == 0, best=better)
                 log_from = (log_from[0], log_from[1] + time.perf_counter() - pause)
             self._tell(lambda listener: listener.progress(progress.step))
-        better = reason != "stopped" and progress.evaluated_at < progress.step and self._evaluate()
-        self._save(last=self.saved_at < progress.step, best=better)
+        if reason != "stopped" and progress.evaluated_at < progress.step:
+            better = self._evaluate(scheduled=False)
+            reason = reason if progress.evaluated_at == progress.step else "stopped"
+            self._save(last=True, best=better)
+        self._save(last=self.saved_at < progress.step, best=False)
         self.saver.wait()
         return reason
 
@@ -181,6 +186,7 @@ class Trainer:
         pieces = self.batches.in_pieces(step, train.accumulation)
         train_step(self.forward, self.optimizer, self.scaler, pieces, self.config, self.runtime, self.statistics, step)
         self.progress.step = step + 1
+        self.progress.tokens_seen += train.batch_size * self.config.model.block_size
 
     def _log(self, log_from: tuple[int, float]) -> tuple[int, float]:
         """One record of the steps since the last. Here the host waits for the device.
@@ -203,8 +209,11 @@ class Trainer:
         )
         return progress.step, now
 
-    def _evaluate(self) -> bool:
-        """Score the validation split; true if no evaluation of this run was better."""
+    def _evaluate(self, *, scheduled: bool = True) -> bool:
+        """Score the validation split; true if no evaluation of this run was better.
+
+        Patience counts only what `eval_interval` scheduled, so that ending early and going on changes nothing.
+        """
         progress = self.progress
         self._check_finite()
         score = evaluate(self.model, self.dataset.val, self.runtime, stop=self.stop)
@@ -214,10 +223,13 @@ class Trainer:
             raise self._diverged(progress.step)
         progress.val_loss, progress.evaluated_at = score.loss, progress.step
         self._record(val_loss=score.loss, val_standard_error=score.standard_error)
-        if progress.best_loss is not None and score.loss >= progress.best_loss:
+        if scheduled and (progress.patience_loss is None or score.loss < progress.patience_loss):
+            progress.patience_loss, progress.worse = score.loss, 0
+        elif scheduled:
             progress.worse += 1
+        if progress.best_loss is not None and score.loss >= progress.best_loss:
             return False
-        progress.best_loss, progress.best_step, progress.worse = score.loss, progress.step, 0
+        progress.best_loss, progress.best_step = score.loss, progress.step
         return True
 
     def _sample(self) -> None:
@@ -242,7 +254,7 @@ class Trainer:
         progress.scaler = self.scaler.state_dict()
         header = {
             "config": self.config.model_dump(), "tokenizer": self.dataset.meta.tokenizer, "step": progress.step,
-            "tokens_seen": progress.step * self.config.train.batch_size * self.config.model.block_size,
+            "tokens_seen": progress.tokens_seen,
             "val_loss": progress.val_loss if progress.evaluated_at == progress.step else None,
             "dataset_fingerprint": self.dataset.meta.fingerprint, "progress": progress.model_copy(),
         }  # fmt: skip
@@ -260,6 +272,8 @@ class Trainer:
         self.saver.submit(files, header)
 
     def _saved(self, path: Path, step: int) -> None:
+        if path == self.folder.last:
+            self.folder.settle()  # what --overwrite set aside may go now
         if self.config.train.keep:
             for old in self.folder.snapshots()[: -self.config.train.keep]:
                 old.unlink(missing_ok=True)

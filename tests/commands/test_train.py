@@ -475,3 +475,42 @@ def test_the_verdict_on_patience() -> None:
 
 def test_no_verdict_without_an_evaluation() -> None:
     assert judged([], [2.0]) == "Stopped after step 0, before the first evaluation."
+
+
+def test_a_config_that_is_no_runs_is_not_replaced(here: Path) -> None:
+    (here / "mine").mkdir()
+    (here / "mine/config.yaml").write_text("# my notes\ntrain: {max_iters: 5}\n")
+    done = call("train", "--config", "mine/config.yaml", "--out", "mine", *TINY)
+    assert done.code == 2
+    assert "mine/config.yaml is not a run's" in done.error
+    assert (here / "mine/config.yaml").read_text().startswith("# my notes")
+
+
+def test_overwriting_with_a_run_that_fails_brings_the_old_one_back(here: Path) -> None:
+    before = {name: (here / "checkpoints" / name).read_bytes() for name in ("last.safetensors", "metrics.jsonl")}
+    done = train("--overwrite", *sets(train__learning_rate=1e30))
+    assert done.code == 1
+    assert "not finite" in done.err
+    assert {name: (here / "checkpoints" / name).read_bytes() for name in before} == before
+
+
+def test_a_folder_name_from_a_config_cannot_drive_a_terminal(here: Path) -> None:
+    (here / "evil.yaml").write_text('out_dir: "r\\e]0;title\\a"\n')
+    done = call("train", "--config", "evil.yaml", *TINY)
+    assert done.code == 0, done.err
+    assert "\x1b" not in done.out + done.err
+    assert "\\x1b]0;title" in done.out
+
+
+def test_a_token_that_the_vocabulary_lacks_is_found_before_the_first_step(here: Path) -> None:
+    shutil.copytree(here / "data/input", here / "data/strange")
+    raw = bytearray((here / "data/strange/val.bin").read_bytes())
+    raw[10:12] = b"\xff\x7f"
+    (here / "data/strange/val.bin").write_bytes(raw)
+    for done in (
+        train("--out", "elsewhere", *sets(data__path="data/strange")),
+        call("eval", "--ckpt", "checkpoints/best.safetensors", "--data", "data/strange"),
+    ):
+        assert done.code == 2
+        assert "token 32767 in a vocabulary of" in done.error
+    assert not (here / "elsewhere").exists()

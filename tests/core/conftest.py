@@ -32,7 +32,8 @@ def run_training(tmp_path: Path, dataset: Dataset) -> RunTraining:
         recorder = Recorder(stop_at, events)
         with open_run(tmp_path / name) as folder:
             saved = folder.newest()[0] if resume else None
-            metrics = JsonLines(folder.metrics, resume_at=saved.header.step if saved else None)
+            evaluated = saved is not None and saved.header.val_loss is not None
+            metrics = JsonLines(folder.metrics, resume_at=saved.header.step if saved else None, evaluated=evaluated)
             try:
                 result = train(config, dataset, folder, runtime, [metrics, recorder], resume=saved, stop=recorder.stop)
             finally:

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from minigpt_cli.core.checkpoint import FORMAT_VERSION, load, read_header, save
+from minigpt_cli.core.checkpoint import FORMAT_VERSION, load, read_header, require_storable, save
 from minigpt_cli.core.errors import CheckpointError, MinigptError, UserError
 from minigpt_cli.core.files import TEMPORARY
 from runs import RunTraining, small_config
@@ -160,6 +160,22 @@ def test_a_sparse_file_of_eight_gigabytes_allocates_nothing(last: Path) -> None:
     os.truncate(last, len(joined(header, b"")) + begin + (1 << 33))
     with pytest.raises(CheckpointError, match="does not fit the config"):
         load(last)
+
+
+def test_a_tokenizer_too_large_to_be_read_again_is_refused_before_the_first_step() -> None:
+    require_storable({"kind": "char", "chars": "\u0436" * 5_000_000})
+    with pytest.raises(UserError, match="too large for a checkpoint"):
+        require_storable({"kind": "char", "chars": "\u0436" * 20_000_000})
+    with pytest.raises(UserError, match="too large for a checkpoint"):
+        require_storable({"kind": "bpe", "merges": list(range(1_100_000))})
+
+
+def test_a_header_that_could_not_be_read_again_is_not_written(last: Path) -> None:
+    before, saved = last.read_bytes(), load(last)
+    fields = saved.header.model_dump(exclude={"versions", "checksums"}) | {"tokenizer": {"a": list(range(1_100_000))}}
+    with pytest.raises(MinigptError, match="not written"):
+        save(last, saved.tensors, fields)
+    assert last.read_bytes() == before
 
 
 def test_a_newer_format_says_so(last: Path) -> None:

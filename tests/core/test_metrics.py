@@ -90,12 +90,31 @@ def test_a_folder_that_is_read_only_is_the_users_mistake(tmp_path: Path) -> None
         pass
 
 
-def test_clearing_removes_the_run_and_nothing_else(run_training: RunTraining) -> None:
+def test_a_run_that_is_to_be_replaced_waits_until_the_new_one_has_a_checkpoint(run_training: RunTraining) -> None:
     folder, _, _ = run_training("run", small_config(keep=1))
     (folder.path / "notes.txt").write_text("mine")
-    folder.clear()
+    before = {path.name: path.read_bytes() for path in folder.path.iterdir() if path.is_file()}
+    folder.set_aside()
     assert not folder.holds_run()
     assert [path.name for path in folder.path.iterdir() if not path.name.startswith(".")] == ["notes.txt"]
+    folder.metrics.write_text("of a run that came to nothing")
+    with open_run(folder.path):  # as after a kill
+        assert folder.holds_run()
+    assert {path.name: path.read_bytes() for path in folder.path.iterdir() if path.is_file()} == before
+    folder.set_aside()
+    folder.last.write_bytes(b"new")
+    folder.settle()
+    assert sorted(path.name for path in folder.path.iterdir() if path.name != ".lock") == [
+        "last.safetensors",
+        "notes.txt",
+    ]
+
+
+def test_numbered_snapshots_alone_are_a_run(run_training: RunTraining) -> None:
+    folder, _, _ = run_training("run", small_config(keep=1))
+    for path in (folder.last, folder.best, folder.metrics):
+        path.unlink()
+    assert folder.holds_run()
 
 
 def test_resuming_falls_back_to_the_newest_checkpoint_that_verifies(run_training: RunTraining) -> None:

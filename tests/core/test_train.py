@@ -99,6 +99,50 @@ def test_an_overflow_that_the_scaler_skips_is_no_failure(run_training: RunTraini
     assert told.losses("val_loss")[36] < told.losses("val_loss")[12]
 
 
+@pytest.mark.parametrize("end", [13, 17, 23, 33])
+def test_ending_early_and_going_on_does_not_move_patience(run_training: RunTraining, end: int) -> None:
+    changes = {"patience": 2, "eval_interval": 10, "learning_rate": 0.3}
+    _, _, whole = run_training("whole", small_config(max_iters=200, **changes))
+    assert run_training("parts", small_config(max_iters=end, **changes))[2].reason == "finished"
+    _, _, parts = run_training("parts", small_config(max_iters=200, **changes), resume=True)
+    assert whole.reason == parts.reason == "patience"
+    assert whole.progress.step == parts.progress.step < 200
+
+
+def test_last_knows_the_evaluation_that_ended_the_run(run_training: RunTraining) -> None:
+    """Else a resumed run would replace `best` by something worse."""
+    folder, told, result = run_training("run", small_config(max_iters=12, eval_interval=9, checkpoint_interval=6))
+    assert result.progress.best_step == 12
+    last = load(folder.last).header
+    assert last.val_loss == last.progress.best_loss == told.losses("val_loss")[12]
+
+
+def test_an_evaluation_that_a_stop_put_off_is_made_up_for_once(run_training: RunTraining) -> None:
+    run_training("run", small_config(), stop_at=6)  # step 6 is due for evaluation
+    folder, _, _ = run_training("run", small_config(), resume=True, stop_at=7)
+    saved = load(folder.last)
+    undone = saved.header.model_dump(exclude={"versions", "checksums"}) | {"step": 6, "val_loss": None}
+    undone["progress"] |= {"step": 6, "evaluated_at": 0}
+    save(folder.last, saved.tensors, undone)  # as if killed between the evaluation and the next save
+    folder, _, _ = run_training("run", small_config(), resume=True)
+    assert [r["step"] for r in read_metrics(folder.metrics) if "val_loss" in r] == [6, 12]
+
+
+def test_a_stop_during_the_last_evaluation_is_a_stop_and_resuming_makes_up_for_it(run_training: RunTraining) -> None:
+    config = small_config(max_iters=10, eval_interval=100)
+    assert run_training("run", config, stop_at=10)[2].reason == "stopped"
+    folder, told, result = run_training("run", config, resume=True)
+    assert result.reason == "finished"
+    assert load(folder.last).header.val_loss == told.losses("val_loss")[10]
+    assert folder.best.exists()
+
+
+def test_tokens_seen_are_counted_as_they_were_seen(run_training: RunTraining) -> None:
+    run_training("run", small_config())
+    folder, _, _ = run_training("run", small_config(max_iters=14, batch_size=16), resume=True)
+    assert load(folder.last).header.tokens_seen == 12 * 4 * 8 + 2 * 16 * 8
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"eval_interval": 1}, {"log_interval": 1}, {"sample_interval": 2}, {"checkpoint_interval": 1}, {"keep": 2}],

@@ -25,17 +25,22 @@ MUTANTS = int(os.environ.get("MINIGPT_MUTANTS", "3000"))
 SHORT = ("train.max_iters=6", "train.checkpoint_interval=2", "train.eval_interval=6", "train.keep=2")
 
 
+# A process counts as its own peak what its parent held when it was started. So a small one stands in between.
+LAUNCHER = """
+import resource, subprocess, sys
+done = subprocess.run([sys.executable, *sys.argv[1:]], stdout=subprocess.DEVNULL)
+print(done.returncode, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
 def run_fresh(arguments: list[str], folder: Path) -> tuple[int, str, float]:
     """(exit code, stderr, peak resident megabytes) of a command in a fresh interpreter."""
-    with (folder / "fresh-stderr").open("w") as err:
-        process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=folder, stdout=subprocess.DEVNULL, stderr=err,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    scale = 1 if sys.platform == "darwin" else 1024
-    return process.returncode, (folder / "fresh-stderr").read_text(), usage.ru_maxrss * scale / 1e6
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHER, *arguments], cwd=folder, capture_output=True, text=True, check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    code, peak = map(int, done.stdout.split())
+    return code, done.stderr, peak * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 def relabel(data: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
@@ -67,6 +72,9 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "2^40 elements": lambda data: relabel(data, lambda h: h["model.norm.weight"].update(shape=[1 << 40])),
     "12 MB of header": lambda data: (12_000_000).to_bytes(8, "little") + b"{" + b" " * 12_000_000 + data,
     "9 MB of empty lists": lambda data: (9_000_000).to_bytes(8, "little") + b"[" + b"[]," * 2_999_999 + b"[]" + data,
+    "9 MB of small objects": lambda data: (
+        (9_000_000).to_bytes(8, "little") + b"[" + b'{"":0},' * 1_285_714 + b"0]" + data
+    ),
     "a pickle": lambda data: pickle.dumps({"weights": list(range(1000))}),
     "n_embd of a billion": claim_width,
 }
