@@ -68,13 +68,12 @@ class GPT(nn.Module):
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by part, and their `total`. A tied head counts once, with the embedding."""
+        parts = {
+            "token embedding": "token_embedding.", "position embedding": "position_embedding.", "attention": ".attn.",
+            "feed-forward": ".mlp.", "norms": "norm", "head": "head.",
+        }  # fmt: skip
         counts = {
-            "token embedding": self.token_embedding.weight.numel(),
-            "position embedding": self.position_embedding.weight.numel() if self.position_embedding is not None else 0,
-            "attention": _count(block.attn for block in self.blocks),
-            "feed-forward": _count(block.mlp for block in self.blocks),
-            "norms": sum(p.numel() for name, p in self.named_parameters() if "norm" in name),
-            "head": _count([self.head]) - (self.head.weight.numel() if self.config.tie_weights else 0),
+            part: sum(p.numel() for name, p in self.named_parameters() if mark in name) for part, mark in parts.items()
         }
         return counts | {"total": sum(p.numel() for p in self.parameters())}
 
@@ -99,7 +98,3 @@ def _init_gpt2(module: nn.Module) -> None:
         nn.init.normal_(module.weight, mean=0.0, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
-
-
-def _count(modules: object) -> int:
-    return sum(p.numel() for module in modules for p in module.parameters())  # type: ignore[attr-defined]
