@@ -33,7 +33,7 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.picture = path / "loss.png"
-        self._old = path / ".old"
+        self._old, self._returning = path / ".old", path / ".returning"
 
     def snapshot(self, step: int) -> Path:
         return self.path / f"step-{step:08d}.safetensors"
@@ -46,22 +46,32 @@ class RunFolder:
         return any(path.exists() for path in (self.last, self.best, self.metrics, *self.snapshots()))
 
     def set_aside(self) -> None:
-        """Make room for a new run: the files of the old one, and nothing else, wait in `.old` until `settle`."""
-        self._old.mkdir(exist_ok=True)
+        """Make room for a new run: the files of the old one, and nothing else, wait in `.old` until `settle`.
+
+        They gather in `.returning`, which is renamed when it has them all: killed before, they simply go back.
+        """
+        self._returning.mkdir(exist_ok=True)
         for path in (self.last, self.best, self.config, self.metrics, self.picture, *self.snapshots()):
             if path.exists():
-                path.replace(self._old / path.name)
+                path.replace(self._returning / path.name)
+        self._returning.rename(self._old)
 
     def settle(self) -> None:
-        """Once the new run has a `last`, what was set aside goes; if it ended without one, the old run comes back."""
-        if not self._old.is_dir():
-            return
-        if not self.last.exists():
-            for path in (self.best, self.config, self.metrics, self.picture):
-                path.unlink(missing_ok=True)
-            for path in self._old.iterdir():
+        """Once the new run has a `last`, what was set aside goes; if it ended without one, the old run comes back.
+
+        Killed at any point, the next call goes on from there.
+        """
+        if self._old.is_dir() and not self._returning.is_dir():
+            if self.last.exists():
+                shutil.rmtree(self._old)
+            else:
+                for path in (self.best, self.config, self.metrics, self.picture):
+                    path.unlink(missing_ok=True)
+                self._old.rename(self._returning)
+        if self._returning.is_dir():
+            for path in self._returning.iterdir():
                 path.replace(self.path / path.name)
-        shutil.rmtree(self._old)
+            self._returning.rmdir()
 
     def newest(self) -> tuple[Checkpoint, list[str]]:
         """The newest checkpoint that verifies, and what to tell about those that did not.

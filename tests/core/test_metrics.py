@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -108,6 +109,38 @@ def test_a_run_that_is_to_be_replaced_waits_until_the_new_one_has_a_checkpoint(r
         "last.safetensors",
         "notes.txt",
     ]
+
+
+@pytest.mark.parametrize("call", ["replace", "unlink", "rename"])
+@pytest.mark.parametrize("number", range(1, 9))
+@pytest.mark.parametrize("lost", [(), ("last.safetensors",)], ids=["whole run", "only best and snapshots"])
+def test_setting_aside_and_taking_back_may_be_killed_at_any_point(
+    run_training: RunTraining, call: str, number: int, lost: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _, _ = run_training("run", small_config(keep=2))
+    for name in lost:
+        (folder.path / name).unlink()
+    before = {path.name: path.read_bytes() for path in folder.path.iterdir() if path.is_file()}
+    real, count = getattr(Path, call), 0
+
+    def dies(path: Path, *arguments: object, **keywords: object) -> object:
+        nonlocal count
+        count += 1
+        if count == number:
+            raise SystemExit("killed")
+        return real(path, *arguments, **keywords)
+
+    monkeypatch.setattr(Path, call, dies)
+    with contextlib.suppress(SystemExit):
+        folder.set_aside()
+        folder.best.write_bytes(b"of a run that came to nothing")
+        folder.settle()
+    monkeypatch.undo()
+    with open_run(folder.path):
+        pass
+    after = {path.name: path.read_bytes() for path in folder.path.iterdir() if path.is_file()}
+    assert after == before
+    assert not any(path.is_dir() for path in folder.path.iterdir())
 
 
 def test_numbered_snapshots_alone_are_a_run(run_training: RunTraining) -> None:
