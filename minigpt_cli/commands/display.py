@@ -16,7 +16,7 @@ class Display(Listener):
     """A live bar on a terminal, plain lines elsewhere. Losing the terminal stops nothing."""
 
     def __init__(self, config: Config, start: int) -> None:
-        self._total, self._start, self._began = config.train.max_iters, start, time.monotonic()
+        self._total, self._start, self._began = config.train.steps, start, time.monotonic()
         self._budget = config.train.max_minutes
         self._latest: dict[str, float] = {}
         self._printed_at = 0.0

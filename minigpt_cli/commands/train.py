@@ -113,7 +113,7 @@ def _run(config: Config, dataset: Dataset, *, resume: bool, overwrite: bool, all
             raise UserError(f"{folder.config} is not a run's: it would be replaced; choose another folder with --out")
         saved = _load_for_resume(config, dataset, folder, allow_data_change) if resume else None
         evaluated = saved is not None and saved.header.val_loss is not None
-        if saved is not None and saved.header.step >= config.train.max_iters and evaluated:
+        if saved is not None and saved.header.step >= config.train.steps and evaluated:
             note(
                 f"{path}: this run is finished (step {saved.header.step:,}); "
                 "to go on give it more steps: --resume --set train.max_iters=N"
@@ -185,14 +185,14 @@ def _warn_if_slow(config: Config, dataset: Dataset, runtime: Runtime) -> None:
     from minigpt_cli.core.tokenizer import from_json
 
     vocab_size = from_json(dataset.meta.tokenizer).vocab_size
-    tokens = config.train.batch_size * config.model.block_size * config.train.max_iters
+    tokens = config.train.batch_size * config.model.block_size * config.train.steps
     with torch.device("meta"):
         flops = GPT(config.model, vocab_size).flops_per_token() * tokens
     if flops < 1e15:  # under an hour on anything
         return
     eager = replace(runtime, compile=False)
     speed = measure_training(config, dataset.train, vocab_size, eager, steps=1, max_seconds=0)
-    hours = speed.step_seconds * config.train.max_iters / 3600
+    hours = speed.step_seconds * config.train.steps / 3600
     if config.train.max_minutes is not None:
         hours = min(hours, config.train.max_minutes / 60)
     if hours >= SLOW_HOURS:
@@ -227,16 +227,16 @@ def _show_plan(config: Config, dataset: Dataset) -> None:
     with memory_advice(train, runtime.device):
         memory = estimate_memory(config, vocab_size)
     speed = measure_training(config, dataset.train, vocab_size, runtime, steps=3, max_seconds=2)
-    evaluations = train.max_iters // train.eval_interval + 1
-    seconds = speed.step_seconds * (train.max_iters + evaluations * len(dataset.val) / per_step / 3)  # forward: a third
+    evaluations = train.steps // train.eval_interval + 1
+    seconds = speed.step_seconds * (train.steps + evaluations * len(dataset.val) / per_step / 3)  # forward: a third
     print_table(
         "This run",
         [
             ("training tokens", f"{len(dataset.train):,}"),
             ("tokens per step", f"{per_step:,}"),
             ("steps per epoch", f"{len(dataset.train) / per_step:,.1f}"),
-            ("steps", f"{train.max_iters:,}"),
-            ("epochs", f"{train.max_iters * per_step / len(dataset.train):,.1f}"),
+            ("steps", f"{train.steps:,}"),
+            ("epochs", f"{train.steps * per_step / len(dataset.train):,.1f}"),
             *((f"memory: {part} (estimated)", size(n_bytes)) for part, n_bytes in memory.items()),
             ("memory: peak in a real step", size(speed.peak_memory_bytes)),
             ("device", describe_device(runtime.device)),

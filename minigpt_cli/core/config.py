@@ -43,14 +43,20 @@ class ModelConfig(Section):
     dropout_attn: Probability | None = None  # on the attention weights
     dropout_proj: Probability | None = None  # on attention's output projection
     dropout_mlp: Probability | None = None  # on the feed-forward's output
-    position: Literal["learned", "none"] = "learned"
-    norm: Literal["layernorm", "none"] = "layernorm"
-    mlp: Literal["relu", "gelu"] = "relu"
+    position: Literal["learned", "rope", "none"] = "learned"
+    rope_base: Annotated[float, Field(ge=1)] = 10000.0  # rotary wavelengths go up to 2 pi times this
+    norm: Literal["layernorm", "rmsnorm", "none"] = "layernorm"
+    qk_norm: bool = False  # queries and keys get a norm of the same kind, over the width of a head
+    n_kv_head: Annotated[int, Field(ge=1, le=1024)] | None = None  # heads of keys and values; null: n_head
+    mlp: Literal["relu", "gelu", "relu2", "swiglu"] = "relu"
+    mlp_width: Annotated[int, Field(ge=1, le=1 << 20)] | None = None  # null: 4 n_embd, for swiglu two thirds of that
     bias: bool = True  # in the norms, attention's output projection and the feed-forward
     bias_qkv: bool = False
     bias_head: bool = True
     tie_weights: bool = False  # the head shares the token embedding's matrix
+    logit_softcap: Annotated[float, Field(gt=0)] | None = None  # logits are bent so that they stay within +/- this
     init: Literal["gpt2", "torch"] = "gpt2"  # N(0, 0.02) with zero biases, or PyTorch's defaults
+    zero_init: bool = False  # what attention and feed-forward add to the residual stream begins as nothing
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> ModelConfig:
@@ -58,6 +64,11 @@ class ModelConfig(Section):
             below = self.n_embd // self.n_head * self.n_head
             near = " or ".join(str(n) for n in (below, below + self.n_head) if n)
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; nearest n_embd: {near}")
+        if self.n_layer and self.position == "rope" and self.n_embd // self.n_head % 2:
+            raise ValueError(f"rope turns pairs: the head width n_embd / n_head = {self.n_embd // self.n_head} is odd")
+        if self.n_kv_head is not None and self.n_head % self.n_kv_head:
+            divisors = ", ".join(str(n) for n in range(1, self.n_head + 1) if self.n_head % n == 0)
+            raise ValueError(f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}; try {divisors}")
         return self
 
 
@@ -65,13 +76,15 @@ class TrainConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 1337
     batch_size: Annotated[int, Field(ge=1, le=1 << 20)] = 64  # sequences per step, over all devices
     micro_batch_size: Count | None = None  # sequences per device and forward pass; null: as many as batch_size
-    max_iters: Count = 5000
+    max_iters: Count | Literal["auto"] = 5000  # auto: as many as the tokens and the parameters ask for
     max_minutes: Annotated[float, Field(gt=0)] | None = None
     patience: Count | None = None  # stop after so many evaluations without a better one
-    optimizer: Literal["adamw"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW for all else
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4  # AdamW's
+    muon_learning_rate: Annotated[float, Field(gt=0)] = 0.02  # follows the same schedule
     warmup_iters: Annotated[int, Field(ge=0)] = 0
-    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    lr_schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"
+    cooldown: Annotated[float, Field(gt=0, le=1)] = 0.2  # with wsd: the part of the steps in which the rate falls
     lr_decay_iters: Count | None = None  # where the schedule reaches min_lr; null: max_iters
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -79,6 +92,7 @@ class TrainConfig(Section):
     beta1: Probability = 0.9
     beta2: Probability = 0.999
     grad_clip: Annotated[float, Field(gt=0)] | None = None  # largest global gradient norm
+    ema: Probability | None = None  # judge and keep a moving average of the weights, with this decay a step
     log_interval: Count = 10
     eval_interval: Count = 500
     checkpoint_interval: Count = 500
@@ -97,6 +111,12 @@ class TrainConfig(Section):
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr {self.min_lr:g} is above learning_rate {self.learning_rate:g}")
         return self
+
+    @property
+    def steps(self) -> int:
+        """`max_iters`, once it is a number."""
+        assert self.max_iters != "auto", "resolve the config first"
+        return self.max_iters
 
     @property
     def accumulation(self) -> int:

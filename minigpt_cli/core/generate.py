@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minigpt_cli.core.errors import MinigptError
-from minigpt_cli.core.layers import KVCache
+from minigpt_cli.core.layers import KVCache, compute_dtype
 from minigpt_cli.core.model import GPT
 
 GREEDY_BELOW = 1e-5  # a temperature under this is greedy: dividing by it would overflow
@@ -34,18 +34,19 @@ def generate(
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Yield `n_tokens` times (ids (B,), the logits (B, V) they were chosen from), extending `prompt_BP` (P >= 1).
 
-    Only the newest `block_size` tokens of a longer prompt count. Past the window, learned positions cannot slide a
-    cache: the newest half is kept and prefilled again. `exact_window` instead recomputes the newest `block_size`
-    tokens for every token, as the seed does: slower, and each token sees the longest context it can.
+    Only the newest `block_size` tokens of a longer prompt count. Past the window, rotary models slide: each new token
+    takes the oldest's place in the cache, whose keys and values still know of what came before them. Learned positions
+    cannot slide: the newest half is kept and prefilled again. `exact_window` instead recomputes the newest `block_size`
+    tokens for every token, as the seed does: slower, and each token sees exactly the longest context it can.
     """
     model.eval()
     window = model.config.block_size
     context_BT = prompt_BP[:, -window:]
     weight = model.token_embedding.weight
-    cache = KVCache(prompt_BP.shape[0], model.config, weight.device, _cache_dtype(weight))
+    cache = KVCache(prompt_BP.shape[0], model.config, weight.device, compute_dtype(weight))
     new_BT = context_BT
     for _ in range(n_tokens):
-        if cache.length + new_BT.shape[1] > window:
+        if cache.length + new_BT.shape[1] > window and (exact_window or not model.slides):
             cache.clear()
             new_BT = context_BT[:, -window:] if exact_window else context_BT[:, -max(1, window // 2) :]
         logits_BV = model(new_BT, cache)[:, -1].float()
@@ -71,8 +72,3 @@ def choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator | N
         beyond = sorted_BV.cumsum(dim=-1) - sorted_BV >= sampling.top_p  # never true of the likeliest
         probs_BV = torch.zeros_like(probs_BV).scatter(-1, order_BV, sorted_BV.masked_fill(beyond, 0.0))
     return torch.multinomial(probs_BV, 1, generator=generator).squeeze(-1)
-
-
-def _cache_dtype(weight: Tensor) -> torch.dtype:
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype

@@ -1,6 +1,6 @@
-"""The parts of a block: norms, attention with its cache, feed-forwards. Knows nothing of what stacks them.
+"""The parts of a block: norms, positions, attention with its cache, feed-forwards. Knows nothing of what stacks them.
 
-Shapes: B batch, T time (new tokens), S time seen so far (cached + new), C width, H heads, D head width (C / H).
+Shapes: B batch, T time (new tokens), S slots of the cache, C width, H heads, D head width (C / H).
 """
 
 from __future__ import annotations
@@ -9,23 +9,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minigpt_cli.core import kernels
 from minigpt_cli.core.config import ModelConfig
+
+Rotary = tuple[Tensor, Tensor]  # cosines and signed sines of each position's angles, (T, D) both
 
 
 class LayerCache:
     """One layer's keys and values of the tokens so far, in buffers of a fixed size: k, v (B, H, block_size, D)."""
 
     def __init__(self, batch: int, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (batch, config.n_head, config.block_size, config.n_embd // config.n_head)
+        shape = (batch, config.n_kv_head or config.n_head, config.block_size, config.n_embd // config.n_head)
         self.k_BHSD = torch.zeros(shape, device=device, dtype=dtype)
         self.v_BHSD = torch.zeros(shape, device=device, dtype=dtype)
 
     def append(self, start: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new tokens' keys and values at `start`; return views of all so far, (B, H, start + T, D)."""
-        end = start + k_BHTD.shape[2]
-        self.k_BHSD[:, :, start:end] = k_BHTD
-        self.v_BHSD[:, :, start:end] = v_BHTD
-        return self.k_BHSD[:, :, :end], self.v_BHSD[:, :, :end]
+        """Write the new tokens' keys and values behind `start` others; return views of all that are kept.
+
+        A ring: once it is full, each new token takes the place of the oldest.
+        """
+        size, T = self.k_BHSD.shape[2], k_BHTD.shape[2]
+        slot = start % size
+        self.k_BHSD[:, :, slot : slot + T] = k_BHTD
+        self.v_BHSD[:, :, slot : slot + T] = v_BHTD
+        filled = min(start + T, size)
+        return self.k_BHSD[:, :, :filled], self.v_BHSD[:, :, :filled]
 
 
 class KVCache:
@@ -33,7 +41,7 @@ class KVCache:
 
     def __init__(self, batch: int, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.layers = [LayerCache(batch, config, device, dtype) for _ in range(config.n_layer)]
-        self.length = 0  # tokens in the cache; `GPT.forward` moves it on
+        self.length = 0  # tokens it has been given; `GPT.forward` moves it on
 
     def clear(self) -> None:
         """Forget everything. The buffers stay: what lies beyond `length` is never read."""
@@ -41,55 +49,134 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention (Vaswani et al. 2017, arXiv:1706.03762), all heads in one packed projection."""
+    """Causal self-attention (Vaswani et al. 2017, arXiv:1706.03762), all heads in one packed projection.
+
+    With `n_kv_head` below `n_head`, groups of heads share keys and values (Ainslie et al. 2023, arXiv:2305.13245).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.n_head = config.n_head
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias_qkv)  # rows: q, k, v; head by head
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
+        self.head_width = D = config.n_embd // config.n_head
+        self.rows = (self.n_head * D, self.n_kv_head * D, self.n_kv_head * D)  # of q, k, v; each head by head
+        self.qkv = nn.Linear(config.n_embd, sum(self.rows), bias=config.bias_qkv)
+        self.norm_q = make_norm(config, D) if config.qk_norm else nn.Identity()
+        self.norm_k = make_norm(config, D) if config.qk_norm else nn.Identity()
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.dropout_attn = _or_default(config.dropout_attn, config)
-        self.dropout = nn.Dropout(_or_default(config.dropout_proj, config))
+        self.dropout = Dropout(_or_default(config.dropout_proj, config))
 
-    def forward(self, x_BTC: Tensor, cache: LayerCache | None = None, start: int = 0) -> Tensor:
-        """`start` is how many tokens the cache already holds. Returns (B, T, C)."""
+    def forward(
+        self, x_BTC: Tensor, rotary: Rotary | None = None, cache: LayerCache | None = None, start: int = 0
+    ) -> Tensor:
+        """`start` is how many tokens came before in the cache. Returns (B, T, C)."""
         B, T, C = x_BTC.shape
-        q, k, v = (
-            self.qkv(x_BTC).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        )  # each (B, H, T, D)
+        q, k, v = (part.view(B, T, -1, self.head_width) for part in self.qkv(x_BTC).split(self.rows, dim=-1))
+        q, k, v = (part.transpose(1, 2) for part in (self.norm_q(q), self.norm_k(k), v))  # each (B, H, T, D)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
             k, v = cache.append(start, k, v)
             q = q.to(k.dtype)
-        mask = None
         if start and T > 1:  # several new tokens behind a cached past: each sees the past, itself and no later one
             mask = torch.ones(T, start + T, dtype=torch.bool, device=x_BTC.device).tril(start)
-        y_BHTD = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=start == 0 and T > 1,
-            dropout_p=self.dropout_attn if self.training else 0.0,
-        )  # fmt: skip
+            grouped = self.n_kv_head < self.n_head
+            y_BHTD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+        else:
+            y_BHTD = kernels.causal_attention(q, k, v, self.dropout_attn if self.training else 0.0)
         return self.dropout(self.proj(y_BHTD.transpose(1, 2).reshape(B, T, C)))
 
 
+def rotary_table(positions_T: Tensor, head_width: int, base: float) -> Rotary:
+    """How far rotary embedding turns each pair of numbers at each position (Su et al. 2021, arXiv:2104.09864).
+
+    Pair i is (i, i + D/2), as Llama has it, and turns by position * base^(-2i / D). In float64 where there is such a
+    thing: a cache that slides goes to any position.
+    """
+    exact = torch.float32 if positions_T.device.type == "mps" else torch.float64
+    pairs = torch.arange(0, head_width, 2, device=positions_T.device, dtype=exact) / head_width
+    angles = torch.outer(positions_T.to(exact), base**-pairs)
+    sines = angles.sin()
+    return torch.cat([angles.cos()] * 2, dim=1).float(), torch.cat([-sines, sines], dim=1).float()
+
+
+def rotate(x_BHTD: Tensor, rotary: Rotary) -> Tensor:
+    """Turn each pair of x by its position's angle: (a, b) -> (a cos - b sin, b cos + a sin). Keeps dtype and shape."""
+    cosines_TD, sines_TD = (table.to(x_BHTD.dtype) for table in rotary)
+    return torch.addcmul(x_BHTD * cosines_TD, x_BHTD.roll(x_BHTD.shape[-1] // 2, dims=-1), sines_TD)
+
+
 class FeedForward(nn.Module):
-    """Widen fourfold, bend, narrow again, for every position on its own."""
+    """Widen, bend, narrow again, for every position on its own."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        width = config.mlp_width or default_mlp_width(config)
         self.activation = ACTIVATIONS[config.mlp]()
-        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(_or_default(config.dropout_mlp, config))
+        self.rows = (width, width) if config.mlp == "swiglu" else (width,)  # of the gate, and of what it lets through
+        self.up = nn.Linear(config.n_embd, sum(self.rows), bias=config.bias)
+        self.down = nn.Linear(width, config.n_embd, bias=config.bias)
+        self.dropout = Dropout(_or_default(config.dropout_mlp, config))
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         return self.dropout(self.down(self.activation(self.up(x_BTC))))
 
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
+def default_mlp_width(config: ModelConfig) -> int:
+    """4 C; a gated feed-forward has three matrices, and gets two thirds of that, in whole eights."""
+    return -(-8 * config.n_embd // 24) * 8 if config.mlp == "swiglu" else 4 * config.n_embd
 
 
-def make_norm(config: ModelConfig) -> nn.Module:
-    """The norm before attention, before the feed-forward and before the head (Ba et al. 2016, arXiv:1607.06450)."""
-    return nn.LayerNorm(config.n_embd, bias=config.bias) if config.norm == "layernorm" else nn.Identity()
+class ReLUSquared(nn.Module):
+    """max(0, x)^2 (So et al. 2021, Primer, arXiv:2109.08668)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).square()
+
+
+class SwiGLU(nn.Module):
+    """silu(gate) * value, which lie side by side in x (Shazeer 2020, arXiv:2002.05202). Halves the last axis."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "relu2": ReLUSquared, "swiglu": SwiGLU}
+
+
+class Dropout(nn.Module):
+    """Dropout in training, nothing in evaluation."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.dropout(x, self.rate) if self.training and self.rate else x
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) times a gain (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)  # fused only in one dtype
+
+
+def make_norm(config: ModelConfig, width: int) -> nn.Module:
+    """The norm of a config, over the last axis. LayerNorm: Ba et al. 2016, arXiv:1607.06450."""
+    if config.norm == "layernorm":
+        return nn.LayerNorm(width, bias=config.bias)
+    return RMSNorm(width) if config.norm == "rmsnorm" else nn.Identity()
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """What matrix products with this weight are computed in: autocast's choice where it is on."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 def _or_default(own: float | None, config: ModelConfig) -> float:

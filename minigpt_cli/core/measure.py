@@ -39,7 +39,8 @@ def measure_training(
     seconds: list[float] = []
     with memory_advice(train, runtime.device):
         model = GPT(config.model, vocab_size).to(runtime.device)
-        optimizer, scaler, counters = make_optimizer(model, train), runtime.scaler(), Statistics.zeros(runtime.device)
+        optimizer = make_optimizer(model, train, runtime.update_dtype)
+        scaler, counters = runtime.scaler(), Statistics.zeros(runtime.device)
         batches = Batches(
             tokens, config.model.block_size, train.batch_size,
             seed=train.seed, sampling=config.data.sampling, device=runtime.device,

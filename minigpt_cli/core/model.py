@@ -5,11 +5,21 @@ Shapes: B batch, T time, C width, V vocabulary.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt_cli.core.config import ModelConfig
-from minigpt_cli.core.layers import Attention, FeedForward, KVCache, LayerCache, make_norm
+from minigpt_cli.core.layers import (
+    Attention,
+    FeedForward,
+    KVCache,
+    LayerCache,
+    Rotary,
+    compute_dtype,
+    make_norm,
+    rotary_table,
+)
 
 
 class Block(nn.Module):
@@ -17,13 +27,15 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm_attn = make_norm(config)
+        self.norm_attn = make_norm(config, config.n_embd)
         self.attn = Attention(config)
-        self.norm_mlp = make_norm(config)
+        self.norm_mlp = make_norm(config, config.n_embd)
         self.mlp = FeedForward(config)
 
-    def forward(self, x_BTC: Tensor, cache: LayerCache | None = None, start: int = 0) -> Tensor:
-        x_BTC = x_BTC + self.attn(self.norm_attn(x_BTC), cache, start)
+    def forward(
+        self, x_BTC: Tensor, rotary: Rotary | None = None, cache: LayerCache | None = None, start: int = 0
+    ) -> Tensor:
+        x_BTC = x_BTC + self.attn(self.norm_attn(x_BTC), rotary, cache, start)
         return x_BTC + self.mlp(self.norm_mlp(x_BTC))
 
 
@@ -40,31 +52,56 @@ class GPT(nn.Module):
         self.position_embedding = (
             nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         )
+        self.rotary_width = config.n_embd // config.n_head if config.position == "rope" else 0
+        self.slides = config.position == "rope"  # only distances count: the window may move on token by token
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = make_norm(config)
+        self.norm = make_norm(config, config.n_embd)
         self.head = nn.Linear(config.n_embd, vocab_size, bias=config.bias_head)
         if config.tie_weights:
             self.head.weight = self.token_embedding.weight
         if config.init == "gpt2":
             self.apply(_init_gpt2)  # "torch" keeps what the constructors drew
+        if config.zero_init:
+            for block in self.blocks:
+                nn.init.zeros_(block.attn.proj.weight)
+                nn.init.zeros_(block.mlp.down.weight)
 
     def forward(self, idx_BT: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids (B, T) -> logits (B, T, V), each row predicting the token after it.
 
         With a `cache`, `idx_BT` holds only the tokens that follow those in it, and the cache grows by T. Raises
-        ValueError when cache and new tokens together are longer than the context window.
+        ValueError when cache and new tokens together are longer than the context window; only a single token may go
+        on past it, and only where positions are relative (`slides`): then the oldest token is forgotten.
         """
         T, start = idx_BT.shape[1], cache.length if cache is not None else 0
-        if start + T > self.config.block_size:
+        if start + T > self.config.block_size and not (self.slides and T == 1 and cache is not None):
             raise ValueError(f"{start + T} tokens do not fit a context of {self.config.block_size}")
         x_BTC = self.token_embedding(idx_BT)
         if self.position_embedding is not None:
             x_BTC = x_BTC + self.position_embedding.weight[start : start + T]
+        if (dtype := compute_dtype(x_BTC)) == torch.bfloat16:  # the residual stream too: half the traffic
+            x_BTC = x_BTC.to(dtype)
+        rotary = None
+        if self.rotary_width:
+            positions_T = torch.arange(start, start + T, device=idx_BT.device)
+            rotary = rotary_table(positions_T, self.rotary_width, self.config.rope_base)
         for i, block in enumerate(self.blocks):
-            x_BTC = block(x_BTC, cache.layers[i] if cache is not None else None, start)
+            x_BTC = block(x_BTC, rotary, cache.layers[i] if cache is not None else None, start)
         if cache is not None:
             cache.length = start + T
-        return self.head(self.norm(x_BTC))
+        logits_BTV = self.head(self.norm(x_BTC))
+        if self.config.logit_softcap is not None:  # Gemma 2, arXiv:2408.00118
+            logits_BTV = self.config.logit_softcap * torch.tanh(logits_BTV / self.config.logit_softcap)
+        return logits_BTV
+
+    def hidden_matrices(self) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
+        """The blocks' weight matrices, and how many rows each of the projections packed into one has."""
+        matrices = []
+        for block in self.blocks:
+            attn, mlp = block.attn, block.mlp
+            matrices += [(attn.qkv.weight, attn.rows), (mlp.up.weight, mlp.rows)]
+            matrices += [(linear.weight, (linear.out_features,)) for linear in (attn.proj, mlp.down)]
+        return matrices
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by part, and their `total`. A tied head counts once, with the embedding."""

@@ -1,49 +1,167 @@
-"""How weights move: parameter groups, the optimizer, the learning rate of a step. Knows nothing of data or loss."""
+"""How weights move: parameter groups, the optimizers, the learning rate of a step, averaging. Knows no data or loss."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minigpt_cli.core.config import TrainConfig
+from minigpt_cli.core.model import GPT
+
+MUON_MOMENTUM = 0.95
 
 
-def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
-    """The parameters that weight decay pulls at, and those it leaves alone.
+def parameter_groups(model: GPT, config: TrainConfig) -> list[dict[str, Any]]:
+    """Which weights move how: the hidden matrices (with `optimizer: muon`), what weight decay pulls at, and the rest.
 
     `decay: matrices` leaves biases and norms alone, as GPT-2's successors do; `all` is what the seed's AdamW did.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if config.decay == "all" or p.ndim >= 2]
-    rest = [p for p in trained if not (config.decay == "all" or p.ndim >= 2)]
-    groups: list[dict[str, object]] = [{"params": decayed, "weight_decay": config.weight_decay}]
-    return [*groups, {"params": rest, "weight_decay": 0.0}] if rest else groups
+    hidden = [(p, rows) for p, rows in model.hidden_matrices() if p.requires_grad and config.optimizer == "muon"]
+    muon = {id(p) for p, _ in hidden}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in muon]
+    decayed = [p for p in others if config.decay == "all" or p.ndim >= 2]
+    rest = [p for p in others if not (config.decay == "all" or p.ndim >= 2)]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p, _ in hidden], "rows": [rows for _, rows in hidden], "weight_decay": config.weight_decay,
+         "peak": config.muon_learning_rate},
+        {"params": decayed, "weight_decay": config.weight_decay, "peak": config.learning_rate},
+        {"params": rest, "weight_decay": 0.0, "peak": config.learning_rate},
+    ]  # fmt: skip
+    return [group for group in groups if group["params"]]
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), fused: one kernel, and it can skip a step on the device."""
-    return torch.optim.AdamW(
-        parameter_groups(model, config), lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True
-    )
+def make_optimizer(model: GPT, config: TrainConfig, dtype: torch.dtype = torch.float32) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), fused: one kernel, and it can skip a step on the device.
+
+    Or Muon for the hidden matrices and AdamW for all else; `dtype` is what Muon's matrix products are computed in.
+    """
+    groups = parameter_groups(model, config)
+    for group in groups:  # a tensor, so that a new rate is no new program to compile or capture
+        group["lr"] = torch.tensor(group["peak"], device=group["params"][0].device)
+    if config.optimizer == "muon":
+        return Muon(groups, (config.beta1, config.beta2), dtype)
+    return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, except for groups with `rows`: their matrices move along their momentum, orthogonalised.
+
+    Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks": every direction in which the
+    momentum points gets a step of the same length. Projections packed in one matrix are orthogonalised each on its
+    own, those of equal shape in one batch.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float], dtype: torch.dtype) -> None:
+        super().__init__(groups, betas=betas, fused=True)
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            if "rows" in group:
+                self._orthogonal_step(group)
+        super().step()  # moves what still has a gradient
+
+    def _orthogonal_step(self, group: dict[str, Any]) -> None:
+        params: list[Tensor] = group["params"]
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in params]
+        rate, found_inf = group["lr"], getattr(self, "found_inf", None)
+        if found_inf is not None:  # then nothing may move, and momentum must not take it in
+            grads = [torch.where(found_inf > 0, 0.0, grad) for grad in grads]
+            rate = rate * (1 - found_inf)
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        momenta = [self.state[p]["momentum"] for p in params]
+        torch._foreach_lerp_(momenta, grads, 1 - MUON_MOMENTUM)
+        ahead = torch._foreach_lerp(grads, momenta, MUON_MOMENTUM)  # Nesterov's look ahead
+        torch._foreach_mul_(params, 1 - rate * group["weight_decay"])
+        parts = [
+            (weight, step)
+            for p, step_of_p, rows in zip(params, ahead, group["rows"], strict=True)
+            for weight, step in zip(p.split(rows), step_of_p.split(rows), strict=True)
+        ]
+        for shape in sorted({tuple(step.shape) for _, step in parts}):
+            alike = [(weight, step) for weight, step in parts if tuple(step.shape) == shape]
+            steps_NRC = orthogonalized(torch.stack([step.to(self.dtype) for _, step in alike]))
+            steps_NRC = steps_NRC.to(rate.dtype) * (-rate * max(1.0, shape[0] / shape[1]) ** 0.5)
+            torch._foreach_add_([weight for weight, _ in alike], list(steps_NRC.unbind(0)))
+        for p in params:
+            p.grad = None
+
+
+def orthogonalized(m_NRC: Tensor) -> Tensor:
+    """About U V^T for each matrix U S V^T of a batch (N, R, C): singular values from 0.7 to 1.2, whatever they were.
+
+    Five Newton-Schulz steps with the quintic's coefficients of Jordan et al. 2024, chosen to lift small values fast.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = m_NRC.shape[1] <= m_NRC.shape[2]
+    x = m_NRC if wide else m_NRC.transpose(1, 2)
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.transpose(1, 2)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.transpose(1, 2)
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
-    """The rate of step `step` (0 is the first): linear warmup, then constant, or cosine or linear down to `min_lr`.
+    """The rate of step `step` (0 is the first): linear warmup, then the schedule's way down to `min_lr`.
 
-    Cosine: Loshchilov & Hutter 2017, arXiv:1608.03983. From `lr_decay_iters` on the rate stays at `min_lr`.
+    constant; linear; cosine (Loshchilov & Hutter 2017, arXiv:1608.03983); wsd: constant, then linear over the last
+    `cooldown` of the steps (Hu et al. 2024, arXiv:2404.06395). From `lr_decay_iters` on the rate stays at `min_lr`.
     """
     peak, floor = config.learning_rate, config.min_lr
     if step < config.warmup_iters:
         return peak * (step + 1) / (config.warmup_iters + 1)
     if config.lr_schedule == "constant":
         return peak
-    end = config.lr_decay_iters or config.max_iters
-    done = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
+    end = config.lr_decay_iters or config.steps
+    begin = config.warmup_iters
+    if config.lr_schedule == "wsd":
+        begin = max(begin, round(end * (1 - config.cooldown)))
+    done = min(1.0, max(0.0, (step - begin) / max(1, end - begin)))
     return floor + (peak - floor) * ((1 + math.cos(math.pi * done)) / 2 if config.lr_schedule == "cosine" else 1 - done)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, fraction: float) -> None:
+    """Give every group this fraction of its own peak rate."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"].fill_(group["peak"] * fraction)
+
+
+class WeightAverage:
+    """An exponential moving average of the weights (Polyak & Juditsky 1992), which often judges better than the last.
+
+    In its first steps it forgets faster, so that it is never far behind a run that has just begun.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.parameters: list[Tensor] = list(model.parameters())
+        self.averages = [p.detach().clone() for p in self.parameters]
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After step `step`, 0 the first."""
+        torch._foreach_lerp_(self.averages, self.parameters, 1 - min(self.decay, (1 + step) / (10 + step)))
+
+    @contextlib.contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Inside the block the model holds the averages."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        trained = [p.clone() for p in self.parameters]
+        torch._foreach_copy_(self.parameters, self.averages)
+        torch._foreach_copy_(self.averages, trained)

@@ -44,6 +44,11 @@ class Runtime:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=DTYPES[self.precision])
 
+    @property
+    def update_dtype(self) -> torch.dtype:
+        """What Muon's matrix products are computed in: fp16 has not the range for them."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
     def scaler(self) -> torch.amp.GradScaler:
         """Loss scaling, which only fp16 needs (Micikevicius et al. 2018, arXiv:1710.03740)."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")

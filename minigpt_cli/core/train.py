@@ -6,6 +6,7 @@ evaluated or sampled at any moment without changing what is learned.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -24,12 +25,13 @@ from minigpt_cli.core.evaluate import evaluate
 from minigpt_cli.core.generate import Sampling, generate
 from minigpt_cli.core.metrics import Listener
 from minigpt_cli.core.model import GPT, lm_loss
-from minigpt_cli.core.optim import learning_rate_at, make_optimizer, set_learning_rate
+from minigpt_cli.core.optim import WeightAverage, learning_rate_at, make_optimizer, set_learning_rate
 from minigpt_cli.core.run import BackgroundSaver, RunFolder
 from minigpt_cli.core.runtime import Runtime, memory_advice, seed_everything
 from minigpt_cli.core.tokenizer import Tokenizer, from_json
 
 SAMPLE_TOKENS = 200
+TRAINED = "trained"  # the optimizer's name for weights of which the model holds the average
 
 
 @dataclass
@@ -127,9 +129,12 @@ class Trainer:
         )  # fmt: skip
         seed_everything(config.train.seed)
         self.model = resume.model(runtime.device) if resume else make_model(config, self.tokenizer, runtime)
-        self.optimizer = make_optimizer(self.model, config.train)
+        self.optimizer = make_optimizer(self.model, config.train, runtime.update_dtype)
         self.scaler = runtime.scaler()
         self.statistics = Statistics.zeros(runtime.device)
+        self.average: WeightAverage | None = None  # of the weights, which is what `model` is judged and kept by
+        if config.train.ema is not None:
+            self.average = WeightAverage(self.model, config.train.ema)
         self.progress = Progress(precision=runtime.precision)
         if resume:
             self._restore(resume)
@@ -150,7 +155,7 @@ class Trainer:
         while (reason := self._reason_to_end()) is None:
             self._step()
             self.saver.poll()
-            if progress.step % train.log_interval == 0 or progress.step == train.max_iters:
+            if progress.step % train.log_interval == 0 or progress.step == train.steps:
                 log_from = self._log(log_from)
             if not self.stop():
                 pause = time.perf_counter()
@@ -170,7 +175,7 @@ class Trainer:
 
     def _reason_to_end(self) -> str | None:
         train, progress = self.config.train, self.progress
-        if progress.step >= train.max_iters:
+        if progress.step >= train.steps:
             return "finished"
         if self.stop():
             return "stopped"
@@ -182,9 +187,11 @@ class Trainer:
 
     def _step(self) -> None:
         step, train = self.progress.step, self.config.train
-        set_learning_rate(self.optimizer, learning_rate_at(step, train))
+        set_learning_rate(self.optimizer, learning_rate_at(step, train) / train.learning_rate)
         pieces = self.batches.in_pieces(step, train.accumulation)
         train_step(self.forward, self.optimizer, self.scaler, pieces, self.config, self.runtime, self.statistics, step)
+        if self.average is not None:
+            self.average.update(step)
         self.progress.step = step + 1
         self.progress.tokens_seen += train.batch_size * self.config.model.block_size
 
@@ -216,7 +223,8 @@ class Trainer:
         """
         progress = self.progress
         self._check_finite()
-        score = evaluate(self.model, self.dataset.val, self.runtime, stop=self.stop)
+        with self._averaged():
+            score = evaluate(self.model, self.dataset.val, self.runtime, stop=self.stop)
         if score is None:  # asked to stop; the evaluation is made up for when the run is resumed
             return False
         if not math.isfinite(score.loss):
@@ -235,7 +243,7 @@ class Trainer:
     def _sample(self) -> None:
         generator = torch.Generator(self.runtime.device).manual_seed(self.config.train.seed)
         prompt = torch.zeros(1, 1, dtype=torch.long, device=self.runtime.device)
-        with self.runtime.autocast():
+        with self._averaged(), self.runtime.autocast():
             ids = [
                 int(ids_B) for ids_B, _ in generate(self.model, prompt, SAMPLE_TOKENS, Sampling(), generator=generator)
             ]
@@ -258,7 +266,8 @@ class Trainer:
             "val_loss": progress.val_loss if progress.evaluated_at == progress.step else None,
             "dataset_fingerprint": self.dataset.meta.fingerprint, "progress": progress.model_copy(),
         }  # fmt: skip
-        weights = {MODEL + name: _to_host(tensor) for name, tensor in self.model.state_dict().items()}
+        with self._averaged():
+            weights = {MODEL + name: _to_host(tensor) for name, tensor in self.model.state_dict().items()}
         files = [(folder.best, weights)] if best else []
         if last:
             moments = {
@@ -266,6 +275,8 @@ class Trainer:
                 for name, parameter in self.model.named_parameters()
                 for key, value in self.optimizer.state[parameter].items()
             }
+            if self.average is not None:  # `model` holds the averages: these are what training goes on with
+                moments |= {f"{OPTIMIZER}{n}.{TRAINED}": _to_host(p) for n, p in self.model.named_parameters()}
             paths = [folder.last, *([folder.snapshot(progress.step)] if self.config.train.keep else [])]
             files += [(path, weights | moments) for path in paths]
             self.saved_at = progress.step
@@ -285,9 +296,16 @@ class Trainer:
         parameters = dict(self.model.named_parameters())
         for name, tensor in saved.part(OPTIMIZER).items():
             parameter, _, key = name.rpartition(".")
-            self.optimizer.state[parameters[parameter]][key] = tensor.to(self.runtime.device)
+            if key == TRAINED:
+                parameters[parameter].data.copy_(tensor)
+            else:
+                self.optimizer.state[parameters[parameter]][key] = tensor.to(self.runtime.device)
         if self.progress.scaler and self.scaler.is_enabled():
             self.scaler.load_state_dict(self.progress.scaler)
+
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Inside the block the model holds the weights that it is judged by."""
+        return self.average.swapped() if self.average is not None else contextlib.nullcontext()
 
     def _check_finite(self) -> None:
         if (step := int(self.statistics.failed_at)) >= 0:

@@ -13,8 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from minigpt_cli.core.config import ModelConfig
-from minigpt_cli.core.layers import KVCache
+from minigpt_cli.core.layers import KVCache, rotary_table, rotate
 from minigpt_cli.core.model import GPT, lm_loss
+from oracle.weights import naive_twin
 
 Tiny = Callable[..., ModelConfig]
 V = 11
@@ -27,7 +28,26 @@ OPTIONS = {
     "bias_head": (True, False),
     "tie_weights": (True, False),
 }
-SHAPES = {"two heads": {}, "one head": {"n_head": 1}, "narrow heads": {"n_head": 16}, "no blocks": {"n_layer": 0}}
+MODERN = {
+    "position": ("rope", "learned"),
+    "norm": ("rmsnorm", "layernorm"),
+    "qk_norm": (True, False),
+    "n_kv_head": (1, None),
+    "mlp": ("relu2", "swiglu"),
+    "logit_softcap": (5.0, None),
+}
+CHOICES = [
+    dict(zip(table, values, strict=True))
+    for table in (OPTIONS, MODERN)
+    for values in itertools.product(*table.values())
+]
+SHAPES: dict[str, dict[str, object]] = {
+    "rotary": {"position": "rope", "norm": "rmsnorm"},
+    "two heads": {},
+    "one head": {"n_head": 1},
+    "narrow heads": {"n_head": 16},
+    "no blocks": {"n_layer": 0},
+}
 
 
 def make(config: ModelConfig) -> GPT:
@@ -74,9 +94,9 @@ def test_attention_reaches_back_to_the_first_token(tiny: Tiny) -> None:
     assert not torch.allclose(model(ids)[:, -1], model(changed)[:, -1])
 
 
-@pytest.mark.parametrize("options", list(itertools.product(*OPTIONS.values())), ids=str)
-def test_cached_logits_are_the_uncached_for_every_model_option(options: tuple[object, ...], tiny: Tiny) -> None:
-    model = make(tiny(**dict(zip(OPTIONS, options, strict=True))))
+@pytest.mark.parametrize("options", CHOICES, ids=str)
+def test_cached_logits_are_the_uncached_for_every_model_option(options: dict[str, object], tiny: Tiny) -> None:
+    model = make(tiny(**options))
     ids = torch.randint(V, (2, 8))
     with torch.inference_mode():
         expected = model(ids)
@@ -124,6 +144,56 @@ def test_more_tokens_than_the_context_raise_and_leave_the_cache_as_it_was(
 def test_more_tokens_than_the_context_raise_without_a_cache_too(tiny: Tiny) -> None:
     with pytest.raises(ValueError, match="9 tokens do not fit a context of 8"):
         GPT(tiny(), V)(torch.zeros(1, 9, dtype=torch.long))
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 7, 8])
+@pytest.mark.parametrize("options", [{}, {"n_kv_head": 1, "qk_norm": True, "norm": "rmsnorm"}], ids=str)
+def test_past_the_window_a_rotary_cache_slides_as_a_windowed_oracle_does(
+    block_size: int, options: dict[str, object], tiny: Tiny
+) -> None:
+    """The oracle reads 30 tokens at once, and in each of its layers a token sees itself and the newest before it."""
+    model = make(tiny(position="rope", block_size=block_size, **options))
+    wide = GPT(tiny(position="rope", block_size=30, **options), V).eval()
+    wide.load_state_dict(model.state_dict())
+    naive = naive_twin(wide)
+    for layer in naive.layers:
+        for head in layer.attention.heads:
+            head.past &= torch.ones(30, 30).triu(1 - block_size).bool()
+    ids = torch.randint(V, (2, 30))
+    with torch.inference_mode():
+        first = min(5, block_size)
+        logits = in_pieces(model, ids, [first] + [1] * (30 - first))
+        torch.testing.assert_close(logits, naive(ids), rtol=1e-5, atol=1e-5)
+
+
+def test_rotation_depends_on_distances_only_however_far_the_positions() -> None:
+    """q at m and k at n meet with the same score as q at m + 10^7 and k at n + 10^7."""
+    q, k = torch.randn(2, 1, 1, 1, 64).unbind(0)
+
+    def score(m: int, n: int) -> Tensor:
+        return (
+            rotate(q, rotary_table(torch.tensor([m]), 64, 1e4)) * rotate(k, rotary_table(torch.tensor([n]), 64, 1e4))
+        ).sum()
+
+    for distance in (0, 1, 5, 100):
+        torch.testing.assert_close(score(10**7 + distance, 10**7), score(distance, 0), rtol=0, atol=1e-4)
+    assert (score(5, 0) - score(0, 0)).abs() > 0.1
+
+
+def test_zero_init_begins_with_blocks_that_add_nothing(tiny: Tiny) -> None:
+    model = GPT(tiny(zero_init=True, bias=True), V)
+    x = torch.randn(1, 4, 16)
+    for block in model.blocks:
+        assert torch.equal(block(x), x)
+    assert not torch.equal(GPT(tiny(), V).blocks[0](x), x)
+
+
+def test_softcapped_logits_stay_within_the_cap(tiny: Tiny) -> None:
+    model = make(tiny(logit_softcap=2.0))
+    with torch.no_grad():
+        model.head.weight.mul_(100)
+    logits = model(torch.randint(V, (2, 8)))
+    assert 1.9 < logits.abs().max() <= 2.0
 
 
 @pytest.mark.parametrize("init", ["gpt2", "torch"])

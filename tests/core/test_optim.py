@@ -12,8 +12,16 @@ from hypothesis import strategies as st
 
 from minigpt_cli.core.config import ModelConfig, TrainConfig
 from minigpt_cli.core.model import GPT
-from minigpt_cli.core.optim import learning_rate_at, make_optimizer, parameter_groups, set_learning_rate
+from minigpt_cli.core.optim import (
+    WeightAverage,
+    learning_rate_at,
+    make_optimizer,
+    orthogonalized,
+    parameter_groups,
+    set_learning_rate,
+)
 from oracle.adamw import NaiveAdamW
+from oracle.muon import NaiveMuon
 
 Tiny = Callable[..., ModelConfig]
 
@@ -41,6 +49,14 @@ SCHEDULES: dict[str, tuple[dict[str, Any], dict[int, float]]] = {
         {"lr_schedule": "linear", "max_iters": 10, "lr_decay_iters": 20},
         {0: 1.0, 9: 0.55, 10: 0.5, 20: 0.0},
     ),
+    "warmup, stable, decay": (
+        {"lr_schedule": "wsd", "cooldown": 0.4, "warmup_iters": 1, "max_iters": 10, "min_lr": 0.2},
+        {0: 0.5, 1: 1.0, 5: 1.0, 6: 1.0, 7: 0.8, 8: 0.6, 9: 0.4, 10: 0.2, 11: 0.2},
+    ),
+    "a cooldown of the whole run is linear": (
+        {"lr_schedule": "wsd", "cooldown": 1.0, "warmup_iters": 2, "lr_decay_iters": 10, "max_iters": 1000},
+        {0: 1 / 3, 1: 2 / 3, 2: 1.0, 4: 0.75, 6: 0.5, 10: 0.0},
+    ),
     "a warmup as long as the decay": (
         {"lr_schedule": "cosine", "warmup_iters": 4, "lr_decay_iters": 4, "min_lr": 0.5},
         {0: 0.2, 3: 0.8, 5: 0.5, 6: 0.5},
@@ -58,7 +74,7 @@ def test_the_rate_is_the_one_worked_out_by_hand(settings: dict[str, Any], expect
 
 
 @given(
-    schedule=st.sampled_from(["constant", "cosine", "linear"]),
+    schedule=st.sampled_from(["constant", "cosine", "linear", "wsd"]),
     warmup=st.integers(0, 50),
     end=st.none() | st.integers(1, 100),
     low=st.floats(0, 1),
@@ -125,7 +141,7 @@ def test_ten_steps_are_those_of_adamws_formula(decay: Any, tiny: Tiny) -> None:
     ]
     for step in range(10):
         rate = 0.02 / (step + 1)
-        set_learning_rate(optimizer, rate)
+        set_learning_rate(optimizer, rate / 0.02)
         for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
             mine.grad = torch.randn_like(mine)
             theirs.grad = mine.grad.clone()
@@ -137,8 +153,99 @@ def test_ten_steps_are_those_of_adamws_formula(decay: Any, tiny: Tiny) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_a_rate_reaches_every_group(tiny: Tiny) -> None:
-    optimizer = make_optimizer(GPT(tiny(), 11), TrainConfig(learning_rate=1e-3))
-    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-3]
-    set_learning_rate(optimizer, 5e-4)
-    assert [group["lr"] for group in optimizer.param_groups] == [5e-4, 5e-4]
+def test_a_rate_reaches_every_group_as_a_part_of_its_own_peak(tiny: Tiny) -> None:
+    config = TrainConfig(learning_rate=1e-3, optimizer="muon", muon_learning_rate=0.02)
+    optimizer = make_optimizer(GPT(tiny(), 11), config)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.02, 1e-3, 1e-3])
+    set_learning_rate(optimizer, 0.5)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.01, 5e-4, 5e-4])
+
+
+@pytest.mark.parametrize("options", [{}, {"mlp": "swiglu", "n_kv_head": 1, "n_embd": 32}], ids=str)
+def test_ten_steps_of_muon_are_those_of_its_formula(options: dict[str, Any], tiny: Tiny) -> None:
+    """Hidden matrices by Muon, each packed projection on its own; everything else by AdamW."""
+    config = TrainConfig(
+        learning_rate=0.01, muon_learning_rate=0.03, weight_decay=0.5, optimizer="muon", beta1=0.8, beta2=0.95
+    )
+    model, twin = GPT(tiny(**options), 11), GPT(tiny(**options), 11)
+    twin.load_state_dict(model.state_dict())
+    optimizer = make_optimizer(model, config)
+    hidden = [p for name, p in twin.named_parameters() if name.startswith("blocks") and p.ndim == 2]
+    assert len(hidden) == 8
+    C, D = twin.config.n_embd, twin.config.n_embd // 2
+    kv = D * (twin.config.n_kv_head or 2)
+    packed = {3 * C: (C, C, C), C + 2 * kv: (C, kv, kv), 4 * C: (4 * C,), C: (C,), 2 * 88: (88, 88)}
+    muon = NaiveMuon(hidden, [packed[len(p)] for p in hidden], lr=0.03, decay=0.5)
+    others = [p for p in twin.parameters() if not any(p is q for q in hidden)]
+    adamw = [
+        NaiveAdamW([p for p in others if p.ndim > 1], lr=0.01, betas=(0.8, 0.95), decay=0.5),
+        NaiveAdamW([p for p in others if p.ndim == 1], lr=0.01, betas=(0.8, 0.95), decay=0.0),
+    ]
+    for step in range(10):
+        set_learning_rate(optimizer, 1 / (step + 1))
+        for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+            mine.grad = torch.randn_like(mine)
+            theirs.grad = mine.grad.clone()
+        optimizer.step()
+        for reference, peak in ((muon, 0.03), (adamw[0], 0.01), (adamw[1], 0.01)):
+            reference.lr = peak / (step + 1)
+            reference.step()
+    for (name, mine), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 64, 16), (2, 16, 64), (1, 1, 8)])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e4])
+def test_orthogonalized_matrices_keep_their_directions_and_get_singular_values_near_one(
+    shape: tuple[int, int, int], size: float
+) -> None:
+    matrices = torch.randn(shape) * size
+    found = orthogonalized(matrices)
+    assert found.shape == matrices.shape
+    for matrix, result in zip(matrices, found, strict=True):
+        u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+        core = u.T @ result @ vt.T  # diagonal, if the directions are kept
+        kept = s > s.max() * 0.05  # tiny ones are lifted less in five steps
+        assert ((core.diagonal()[kept] > 0.6) & (core.diagonal()[kept] < 1.3)).all()
+        torch.testing.assert_close(core, torch.diag(core.diagonal()), rtol=0, atol=1e-3)
+
+
+def test_orthogonalizing_nothing_gives_nothing() -> None:
+    assert torch.equal(orthogonalized(torch.zeros(2, 4, 8)), torch.zeros(2, 4, 8))
+
+
+def test_muon_takes_a_gradient_that_is_not_finite_for_none_and_does_not_move(tiny: Tiny) -> None:
+    model = GPT(tiny(), 11)
+    optimizer = make_optimizer(model, TrainConfig(optimizer="muon"))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.full_like(p, torch.nan)
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]), name
+    optimizer.found_inf = torch.tensor(0.0)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        assert p.isfinite().all(), name
+        assert not torch.equal(p, before[name]), name
+
+
+def test_a_weight_average_is_the_weighted_sum_of_all_weights_so_far() -> None:
+    model = torch.nn.Linear(3, 2)
+    average, expected = WeightAverage(model, 0.8), [p.detach().clone() for p in model.parameters()]
+    for step in range(50):
+        with torch.no_grad():
+            for i, p in enumerate(model.parameters()):
+                p.normal_()
+                keep = min(0.8, (1 + step) / (10 + step))
+                expected[i] = keep * expected[i] + (1 - keep) * p
+        average.update(step)
+    trained = [p.detach().clone() for p in model.parameters()]
+    with average.swapped():
+        for p, wanted in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(p, wanted)
+    for p, wanted in zip(model.parameters(), trained, strict=True):
+        assert torch.equal(p, wanted)

@@ -31,6 +31,14 @@ OPTIONS = {
     "bias_head": (True, False),
     "tie_weights": (True, False),
 }
+MODERN = {
+    "position": ("rope", "learned"),
+    "norm": ("rmsnorm", "layernorm"),
+    "qk_norm": (True, False),
+    "n_kv_head": (1, None),
+    "mlp": ("relu2", "swiglu"),
+    "logit_softcap": (5.0, None),
+}
 judge = Formulas()
 
 
@@ -109,11 +117,22 @@ def test_a_seed_configs_gradients_are_the_oracles_over_the_whole_window(name: st
     assert_same_gradients(ours, naive_twin(ours), x, y, tolerance=1e-7)
 
 
-@pytest.mark.parametrize("options", list(itertools.product(*OPTIONS.values())), ids=str)
+CHOICES = [
+    dict(zip(table, values, strict=True))
+    for table in (OPTIONS, MODERN)
+    for values in itertools.product(*table.values())
+]
+CHOICES += [
+    {"position": "rope", "rope_base": 100.0, "n_head": 4, "n_kv_head": 2, "mlp_width": 24},
+    {"mlp": "swiglu", "mlp_width": 20, "qk_norm": True, "norm": "none"},
+]
+
+
+@pytest.mark.parametrize("options", CHOICES, ids=str)
 def test_every_model_option_is_the_oracles_in_logits_and_gradients(
-    options: tuple[object, ...], tiny: Callable[..., ModelConfig]
+    options: dict[str, object], tiny: Callable[..., ModelConfig]
 ) -> None:
-    config = tiny(**dict(zip(OPTIONS, options, strict=True)))
+    config = tiny(**options)
     ours = GPT(config, VOCABULARY)
     shake(ours, 0.2)
     naive = naive_twin(ours)
@@ -175,7 +194,7 @@ def test_ten_training_steps_of_a_seed_config_lose_what_the_oracles_lose(
         starts = torch.randint(len(text) - length, (2,)).tolist()
         windows = torch.stack([text[i : i + length + 1] for i in starts])
         x, y = windows[:, :-1], windows[:, 1:]
-        set_learning_rate(optimizer, learning_rate_at(step, config.train))
+        set_learning_rate(optimizer, learning_rate_at(step, config.train) / config.train.learning_rate)
         loss = lm_loss(ours(x), y)
         optimizer.zero_grad()
         loss.backward()

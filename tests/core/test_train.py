@@ -14,6 +14,7 @@ from minigpt_cli.core.checkpoint import load, save
 from minigpt_cli.core.config import Config
 from minigpt_cli.core.dataset import Batches, Dataset
 from minigpt_cli.core.errors import MinigptError, UserError
+from minigpt_cli.core.evaluate import evaluate
 from minigpt_cli.core.files import TEMPORARY
 from minigpt_cli.core.metrics import read_metrics
 from minigpt_cli.core.model import GPT
@@ -42,6 +43,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "epoch sampling": {"sampling": "epoch"},
     "schedule and clipping": {"lr_schedule": "cosine", "warmup_iters": 4, "lr_decay_iters": 12, "grad_clip": 0.5},
     "patience": {"patience": 50, "eval_interval": 2},
+    "the modern recipe": {
+        "optimizer": "muon",
+        "lr_schedule": "wsd",
+        "cooldown": 0.5,
+        "warmup_iters": 2,
+        "sampling": "epoch",
+        "position": "rope",
+        "norm": "rmsnorm",
+        "qk_norm": True,
+        "mlp": "relu2",
+        "n_kv_head": 1,
+        "zero_init": True,
+        "logit_softcap": 15.0,
+    },
+    "weight average": {"ema": 0.9},
+    "weight average and accumulation": {"ema": 0.5, "optimizer": "muon", "micro_batch_size": 1, "tie_weights": True},
 }
 
 
@@ -179,6 +196,25 @@ def test_checkpoints_hold_what_they_promise(run_training: RunTraining, dataset: 
     assert last.header.tokens_seen == 12 * 4 * 8
     assert last.header.dataset_fingerprint == dataset.meta.fingerprint
     assert last.config == small_config()
+
+
+def test_checkpoints_of_an_averaging_run_hold_the_average_and_are_judged_by_it(
+    run_training: RunTraining, dataset: Dataset
+) -> None:
+    """`model.` is what was evaluated; `optimizer.*.trained` is what training goes on with."""
+    config = small_config(ema=0.9, max_iters=12, learning_rate=3e-2)
+    folder, told, _ = run_training("averaged", config)
+    plain, _, _ = run_training("plain", small_config(max_iters=12, learning_rate=3e-2))
+    saved, unaveraged = load(folder.last), load(plain.last)
+    for name, tensor in saved.part("model.").items():
+        trained = saved.tensors[f"optimizer.{name}.trained"]
+        assert torch.equal(trained, unaveraged.tensors[f"model.{name}"]), name  # averaging changes no step
+        assert not torch.equal(trained, tensor), name
+    for path in (folder.last, folder.best):
+        checkpoint = load(path)
+        score = evaluate(checkpoint.model(), dataset.val, CPU)
+        assert score is not None
+        assert score.loss == pytest.approx(told.losses("val_loss")[checkpoint.header.step], abs=1e-6)
 
 
 def test_snapshots_are_kept_and_no_more_than_asked(run_training: RunTraining) -> None:

@@ -21,7 +21,7 @@ class NaiveGPT(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int, ops: Operations | None = None) -> None:
         super().__init__()
         ops = ops or Formulas()
-        assert config.position in ("learned", "none"), config.position
+        assert config.position in ("learned", "rope", "none"), config.position
         self.token_table = nn.Embedding(vocab_size, config.n_embd)
         self.position_table = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.layers = nn.ModuleList([NaiveLayer(config, ops) for _ in range(config.n_layer)])
@@ -29,6 +29,7 @@ class NaiveGPT(nn.Module):
         self.to_logits = nn.Linear(config.n_embd, vocab_size, bias=config.bias_head)
         if config.tie_weights:
             self.to_logits.weight = self.token_table.weight
+        self.ceiling = config.logit_softcap
         if config.init == "gpt2":  # otherwise as torch made them
             self.apply(draw_small_weights)
 
@@ -38,7 +39,8 @@ class NaiveGPT(nn.Module):
             x_BTC = x_BTC + self.position_table.weight[torch.arange(ids_BT.shape[1], device=ids_BT.device)]
         for layer in self.layers:
             x_BTC = layer(x_BTC)
-        return self.to_logits(self.final_norm(x_BTC))
+        logits_BTV = self.to_logits(self.final_norm(x_BTC))
+        return logits_BTV if self.ceiling is None else self.ceiling * torch.tanh(logits_BTV / self.ceiling)
 
 
 class NaiveLayer(nn.Module):
@@ -54,24 +56,51 @@ class NaiveLayer(nn.Module):
         return x_BTC + self.feed_forward(self.norm_2(x_BTC))
 
 
+class NaiveKeyValue(nn.Module):
+    """Keys and values of one head, or of a group of heads that share them. (B, T, C) -> (B, T, D) both."""
+
+    def __init__(self, config: ModelConfig, ops: Operations) -> None:
+        super().__init__()
+        width = config.n_embd // config.n_head
+        self.key = nn.Linear(config.n_embd, width, bias=config.bias_qkv)
+        self.value = nn.Linear(config.n_embd, width, bias=config.bias_qkv)
+
+    def forward(self, x_BTC: Tensor) -> tuple[Tensor, Tensor]:
+        return self.key(x_BTC), self.value(x_BTC)
+
+
 class NaiveHead(nn.Module):
     """One head: softmax(q k^T / sqrt(D)) v, where position t looks at positions 0..t only. (B, T, C) -> (B, T, D)."""
 
     def __init__(self, config: ModelConfig, ops: Operations) -> None:
         super().__init__()
-        width = config.n_embd // config.n_head
-        self.query = nn.Linear(config.n_embd, width, bias=config.bias_qkv)
-        self.key = nn.Linear(config.n_embd, width, bias=config.bias_qkv)
-        self.value = nn.Linear(config.n_embd, width, bias=config.bias_qkv)
+        self.query = nn.Linear(config.n_embd, config.n_embd // config.n_head, bias=config.bias_qkv)
         self.ops, self.dropout = ops, NaiveDropout(config, config.dropout_attn, ops)
+        self.rotary_base = config.rope_base if config.position == "rope" else None
         self.register_buffer("past", torch.ones(config.block_size, config.block_size).tril().bool(), persistent=False)
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
+    def forward(self, x_BTC: Tensor, shared: NaiveKeyValue, norm_q: nn.Module, norm_k: nn.Module) -> Tensor:
         T = x_BTC.shape[1]
-        q_BTD, k_BTD, v_BTD = self.query(x_BTC), self.key(x_BTC), self.value(x_BTC)
+        k_BTD, v_BTD = shared(x_BTC)
+        q_BTD, k_BTD = norm_q(self.query(x_BTC)), norm_k(k_BTD)
+        if self.rotary_base is not None:
+            q_BTD, k_BTD = turn_pairs(q_BTD, self.rotary_base), turn_pairs(k_BTD, self.rotary_base)
         score_BTT = q_BTD @ k_BTD.transpose(1, 2) / math.sqrt(q_BTD.shape[2])
         score_BTT = score_BTT.masked_fill(~self.past[:T, :T], -math.inf)
         return self.dropout(self.ops.softmax(score_BTT)) @ v_BTD
+
+
+def turn_pairs(x_BTD: Tensor, base: float) -> Tensor:
+    """RoFormer's rotation, one pair after the other: (x_i, x_{i + D/2}) at position t turns by t base^(-2i / D)."""
+    half = x_BTD.shape[2] // 2
+    t_T = torch.arange(x_BTD.shape[1], device=x_BTD.device, dtype=torch.float64)
+    turned = [torch.empty(0)] * (2 * half)
+    for i in range(half):
+        angle_T = t_T * base ** (-2 * i / (2 * half))
+        cos_T, sin_T = torch.cos(angle_T).to(x_BTD.dtype), torch.sin(angle_T).to(x_BTD.dtype)
+        a_BT, b_BT = x_BTD[:, :, i], x_BTD[:, :, i + half]
+        turned[i], turned[i + half] = a_BT * cos_T - b_BT * sin_T, a_BT * sin_T + b_BT * cos_T
+    return torch.stack(turned, dim=2)
 
 
 class NaiveAttention(nn.Module):
@@ -79,44 +108,63 @@ class NaiveAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, ops: Operations) -> None:
         super().__init__()
+        n_shared, width = config.n_kv_head or config.n_head, config.n_embd // config.n_head
         self.heads = nn.ModuleList([NaiveHead(config, ops) for _ in range(config.n_head)])
+        self.shared = nn.ModuleList([NaiveKeyValue(config, ops) for _ in range(n_shared)])
+        self.norm_q, self.norm_k = (
+            NaiveNorm(config, ops, width) if config.qk_norm else nn.Identity() for _ in range(2)
+        )  # every head's alike
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = NaiveDropout(config, config.dropout_proj, ops)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        outputs = []
-        for head in self.heads:
-            outputs.append(head(x_BTC))
+        outputs, group = [], len(self.heads) // len(self.shared)
+        for h, head in enumerate(self.heads):
+            outputs.append(head(x_BTC, self.shared[h // group], self.norm_q, self.norm_k))
         return self.dropout(self.out(torch.cat(outputs, dim=2)))
 
 
 class NaiveFeedForward(nn.Module):
-    """Four times as wide, bent, and back."""
+    """Wider (four times, where nothing else is said), bent, and back. Gated: silu(gate(x)) * into(x), and back."""
 
     def __init__(self, config: ModelConfig, ops: Operations) -> None:
         super().__init__()
-        self.into = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.out = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.bend = {"relu": ops.relu, "gelu": ops.gelu}[config.mlp]
+        gated = config.mlp == "swiglu"
+        width = config.mlp_width or (math.ceil(config.n_embd * 8 / 3 / 8) * 8 if gated else 4 * config.n_embd)
+        self.gate = nn.Linear(config.n_embd, width, bias=config.bias) if gated else None
+        self.into = nn.Linear(config.n_embd, width, bias=config.bias)
+        self.out = nn.Linear(width, config.n_embd, bias=config.bias)
+        self.bend = {
+            "relu": ops.relu, "gelu": ops.gelu, "relu2": lambda z: ops.relu(z) ** 2,
+            "swiglu": lambda z: z / (1 + torch.exp(-z)),
+        }[config.mlp]  # fmt: skip
         self.dropout = NaiveDropout(config, config.dropout_mlp, ops)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
+        if self.gate is not None:
+            return self.dropout(self.out(self.bend(self.gate(x_BTC)) * self.into(x_BTC)))
         return self.dropout(self.out(self.bend(self.into(x_BTC))))
 
 
 class NaiveNorm(nn.Module):
-    """LayerNorm, or nothing."""
+    """LayerNorm, RMSNorm, or nothing, over the last axis."""
 
-    def __init__(self, config: ModelConfig, ops: Operations) -> None:
+    def __init__(self, config: ModelConfig, ops: Operations, width: int | None = None) -> None:
         super().__init__()
-        assert config.norm in ("layernorm", "none"), config.norm
-        self.ops, self.gain, self.offset = ops, None, None
-        if config.norm == "layernorm":
-            self.gain = nn.Parameter(torch.ones(config.n_embd))
-            self.offset = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
+        width = width or config.n_embd
+        assert config.norm in ("layernorm", "rmsnorm", "none"), config.norm
+        self.ops, self.gain, self.offset, self.kind = ops, None, None, config.norm
+        if config.norm != "none":
+            self.gain = nn.Parameter(torch.ones(width))
+        if config.norm == "layernorm" and config.bias:
+            self.offset = nn.Parameter(torch.zeros(width))
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        return x_BTC if self.gain is None else self.ops.layer_norm(x_BTC, self.gain, self.offset)
+        if self.gain is None:
+            return x_BTC
+        if self.kind == "rmsnorm":
+            return x_BTC / torch.sqrt((x_BTC * x_BTC).mean(dim=-1, keepdim=True) + 1e-6) * self.gain
+        return self.ops.layer_norm(x_BTC, self.gain, self.offset)
 
 
 class NaiveDropout(nn.Module):

@@ -26,14 +26,21 @@ def pieces(ours: GPT, naive: NaiveGPT) -> Iterator[Piece]:
         yield from _same(f"blocks.{i}.norm_attn", block.norm_attn, layer.norm_1)
         yield from _same(f"blocks.{i}.norm_mlp", block.norm_mlp, layer.norm_2)
         yield from _same(f"blocks.{i}.attn.proj", block.attn.proj, layer.attention.out)
-        yield from _same(f"blocks.{i}.mlp.up", block.mlp.up, layer.feed_forward.into)
+        gated, width = layer.feed_forward.gate is not None, layer.feed_forward.into.out_features
+        if gated:
+            yield from _same(f"blocks.{i}.mlp.up[gate]", block.mlp.up, layer.feed_forward.gate, slice(width))
+        into = slice(width, 2 * width) if gated else slice(None)
+        yield from _same(f"blocks.{i}.mlp.up", block.mlp.up, layer.feed_forward.into, into)
         yield from _same(f"blocks.{i}.mlp.down", block.mlp.down, layer.feed_forward.out)
-        width = ours.config.n_embd // ours.config.n_head
-        for j, kind in enumerate(("query", "key", "value")):
-            for h, head in enumerate(layer.attention.heads):
-                first = j * ours.config.n_embd + h * width
-                rows = slice(first, first + width)
-                yield from _same(f"blocks.{i}.attn.qkv[{kind} {h}]", block.attn.qkv, getattr(head, kind), rows)
+        attention = layer.attention
+        heads = [head.query for head in attention.heads]
+        heads += [pair.key for pair in attention.shared] + [pair.value for pair in attention.shared]
+        for h, head in enumerate(heads):
+            rows = slice(h * head.out_features, (h + 1) * head.out_features)
+            yield from _same(f"blocks.{i}.attn.qkv[{h}]", block.attn.qkv, head, rows)
+        if ours.config.qk_norm:
+            yield from _same(f"blocks.{i}.attn.norm_q", block.attn.norm_q, attention.norm_q)
+            yield from _same(f"blocks.{i}.attn.norm_k", block.attn.norm_k, attention.norm_k)
     yield from _same("norm", ours.norm, naive.final_norm)
     if not ours.config.tie_weights:
         yield from _same("head", ours.head, naive.to_logits)
