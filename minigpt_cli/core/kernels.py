@@ -54,7 +54,7 @@ class _Dropout(torch.autograd.Function):
         return x * mask
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
         return grad * mask, None
@@ -79,7 +79,7 @@ class _CausalAttention(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, *saved = ctx.saved_tensors
         blocks = _blocks(q.shape[2])

@@ -62,9 +62,9 @@ class GPT(nn.Module):
         if config.init == "gpt2":
             self.apply(_init_gpt2)  # "torch" keeps what the constructors drew
         if config.zero_init:
-            for block in self.blocks:
-                nn.init.zeros_(block.attn.proj.weight)
-                nn.init.zeros_(block.mlp.down.weight)
+            for attn, mlp in self._parts():
+                nn.init.zeros_(attn.proj.weight)
+                nn.init.zeros_(mlp.down.weight)
 
     def forward(self, idx_BT: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids (B, T) -> logits (B, T, V), each row predicting the token after it.
@@ -94,14 +94,16 @@ class GPT(nn.Module):
             logits_BTV = self.config.logit_softcap * torch.tanh(logits_BTV / self.config.logit_softcap)
         return logits_BTV
 
-    def hidden_matrices(self) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
+    def hidden_matrices(self) -> list[tuple[Tensor, tuple[int, ...]]]:
         """The blocks' weight matrices, and how many rows each of the projections packed into one has."""
-        matrices = []
-        for block in self.blocks:
-            attn, mlp = block.attn, block.mlp
+        matrices: list[tuple[Tensor, tuple[int, ...]]] = []
+        for attn, mlp in self._parts():
             matrices += [(attn.qkv.weight, attn.rows), (mlp.up.weight, mlp.rows)]
             matrices += [(linear.weight, (linear.out_features,)) for linear in (attn.proj, mlp.down)]
         return matrices
+
+    def _parts(self) -> list[tuple[Attention, FeedForward]]:
+        return [(block.attn, block.mlp) for block in self.modules() if isinstance(block, Block)]
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by part, and their `total`. A tied head counts once, with the embedding."""
