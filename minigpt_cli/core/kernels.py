@@ -61,42 +61,48 @@ class _Dropout(torch.autograd.Function):
 
 
 class _CausalAttention(torch.autograd.Function):
-    """Block after block of queries, with matrix products for both passes."""
+    """Block after block of queries, with matrix products for both passes. N below is B x H."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rate: float) -> Tensor:
-        T, scale = q.shape[2], 1 / math.sqrt(q.shape[3])
-        y, weights, masks = torch.empty_like(v), [], []
+    def forward(ctx: Any, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, rate: float) -> Tensor:
+        B, H, T, D = q_BHTD.shape
+        q, k, v = (part.reshape(B * H, T, D) for part in (q_BHTD / math.sqrt(D), k_BHTD, v_BHTD))
+        outputs, weights, masks = [], [], []
         future = torch.full((min(ROWS, T),) * 2, -math.inf, dtype=q.dtype).triu(1)
         for i, j in _blocks(T):
-            scores = (q[:, :, i:j] @ k[:, :, :j].transpose(2, 3)).mul_(scale)  # (B, H, j - i, j)
+            scores = q[:, i:j] @ k[:, :j].transpose(1, 2)  # (N, j - i, j)
             scores[..., i:] += future[: j - i, : j - i]
             weights.append(scores.softmax(dim=-1))
             if rate:
-                masks.append(kept(scores, rate).div_(1 - rate))
-            y[:, :, i:j] = (weights[-1] * masks[-1] if rate else weights[-1]) @ v[:, :, :j]
+                masks.append(kept(scores, rate))
+            outputs.append((weights[-1] * masks[-1] if rate else weights[-1]) @ v[:, :j] / (1 - rate))
+        ctx.rate = rate
         ctx.save_for_backward(q, k, v, *weights, *masks)
-        return y
+        return _joined(outputs).view(B, H, T, D)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_BHTD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        B, H, T, D = grad_BHTD.shape
         q, k, v, *saved = ctx.saved_tensors
-        blocks = _blocks(q.shape[2])
+        grad, blocks = (grad_BHTD / (1 - ctx.rate)).reshape(B * H, T, D), _blocks(T)
         weights, masks = saved[: len(blocks)], saved[len(blocks) :]
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
         for n, (i, j) in enumerate(blocks):
             dropped = weights[n] * masks[n] if masks else weights[n]
-            dv[:, :, :j] += dropped.transpose(2, 3) @ grad[:, :, i:j]
-            dweights = grad[:, :, i:j] @ v[:, :, :j].transpose(2, 3)
+            dv[:, :j].baddbmm_(dropped.transpose(1, 2), grad[:, i:j])
+            dweights = grad[:, i:j] @ v[:, :j].transpose(1, 2)
             if masks:
                 dweights *= masks[n]
             dscores = torch._softmax_backward_data(dweights, weights[n], -1, q.dtype)
-            dscores *= 1 / math.sqrt(q.shape[3])
-            dq[:, :, i:j] = dscores @ k[:, :, :j]
-            dk[:, :, :j] += dscores.transpose(2, 3) @ q[:, :, i:j]
-        return dq, dk, dv, None
+            dq.append(dscores @ k[:, :j] / math.sqrt(D))
+            dk[:, :j].baddbmm_(dscores.transpose(1, 2), q[:, i:j])
+        return _joined(dq).view(B, H, T, D), dk.view(B, H, T, D), dv.view(B, H, T, D), None
 
 
 def _blocks(T: int) -> list[tuple[int, int]]:
     return [(i, min(i + ROWS, T)) for i in range(0, T, ROWS)]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
