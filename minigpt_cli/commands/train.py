@@ -75,9 +75,9 @@ def train(
     for split in (dataset.train, dataset.val):
         require_known_tokens(split, vocab_size, dataset.folder)
     if dry_run:
-        _show_plan(chosen, dataset)
+        _show_plan(chosen, dataset, vocab_size)
         return
-    _run(chosen, dataset, resume=resume, overwrite=overwrite, allow_data_change=allow_data_change)
+    _run(chosen, dataset, vocab_size, resume=resume, overwrite=overwrite, allow_data_change=allow_data_change)
 
 
 def _settings_of_run(folder: Path, overrides: list[tuple[str, Any]]) -> Config:
@@ -89,7 +89,9 @@ def _settings_of_run(folder: Path, overrides: list[tuple[str, Any]]) -> Config:
     return load_config(str(file), overrides)
 
 
-def _run(config: Config, dataset: Dataset, *, resume: bool, overwrite: bool, allow_data_change: bool) -> None:
+def _run(
+    config: Config, dataset: Dataset, vocab_size: int, *, resume: bool, overwrite: bool, allow_data_change: bool
+) -> None:
     from minigpt_cli.commands.display import Display
     from minigpt_cli.core.files import atomic_write
     from minigpt_cli.core.metrics import JsonLines, plot_losses, read_metrics
@@ -101,7 +103,7 @@ def _run(config: Config, dataset: Dataset, *, resume: bool, overwrite: bool, all
     path = Path(config.out_dir)
     if resume and not path.is_dir():
         raise UserError(f"{path}: no run to resume; run without --resume to start")
-    runtime = _choose_runtime(config, None)  # before the folder is touched: there may be no such device
+    runtime = _choose_runtime(config, None, vocab_size)  # before the folder is touched: there may be no such device
     with StopSignals() as stop, open_run(path) as folder:
         if folder.holds_run() and not (resume or overwrite):
             raise UserError(
@@ -121,11 +123,11 @@ def _run(config: Config, dataset: Dataset, *, resume: bool, overwrite: bool, all
             return
         if saved is not None:
             note(f"resuming {saved.path} at step {saved.header.step:,}")
-            runtime = _choose_runtime(config, saved)
+            runtime = _choose_runtime(config, saved, vocab_size)
         for line in runtime.notes:
             note(line)
         if saved is None:
-            _warn_if_slow(config, dataset, runtime)
+            _warn_if_slow(config, dataset, vocab_size, runtime)
             folder.set_aside()
         with atomic_write(folder.config) as file:
             file.write(resolved)
@@ -163,18 +165,25 @@ def _load_for_resume(config: Config, dataset: Dataset, folder: RunFolder, allow_
     return saved
 
 
-def _choose_runtime(config: Config, saved: Checkpoint | None) -> Runtime:
-    from minigpt_cli.core.runtime import choose_runtime
+def _choose_runtime(config: Config, saved: Checkpoint | None, vocab_size: int) -> Runtime:
+    import torch
 
-    width, rows = config.model.n_embd, config.train.batch_size // config.train.accumulation * config.model.block_size
+    from minigpt_cli.core.model import GPT
+    from minigpt_cli.core.runtime import Workload, choose_runtime
+
+    model, train = config.model, config.train
+    with torch.device("meta"):
+        flops = GPT(model, vocab_size).flops_per_token() * train.batch_size * model.block_size
+    workload = Workload(train.steps - (saved.header.step if saved else 0), model.n_layer, flops)
+    width, rows = model.n_embd, train.batch_size // train.accumulation * model.block_size
     if saved is not None and config.runtime.precision == "auto":  # a measured choice could fall otherwise this time
         as_before = config.runtime.model_copy(update={"precision": saved.header.progress.precision})
         with suppress(UserError):  # another machine, which cannot do what that one did
-            return choose_runtime(as_before, width=width, rows=rows)
-    return choose_runtime(config.runtime, width=width, rows=rows)
+            return choose_runtime(as_before, width=width, rows=rows, workload=workload)
+    return choose_runtime(config.runtime, width=width, rows=rows, workload=workload)
 
 
-def _warn_if_slow(config: Config, dataset: Dataset, runtime: Runtime) -> None:
+def _warn_if_slow(config: Config, dataset: Dataset, vocab_size: int, runtime: Runtime) -> None:
     """Before hours begin: measure two steps, say how long it will take, and name the config that takes minutes."""
     from dataclasses import replace
 
@@ -182,9 +191,7 @@ def _warn_if_slow(config: Config, dataset: Dataset, runtime: Runtime) -> None:
 
     from minigpt_cli.core.measure import measure_training
     from minigpt_cli.core.model import GPT
-    from minigpt_cli.core.tokenizer import from_json
 
-    vocab_size = from_json(dataset.meta.tokenizer).vocab_size
     tokens = config.train.batch_size * config.model.block_size * config.train.steps
     with torch.device("meta"):
         flops = GPT(config.model, vocab_size).flops_per_token() * tokens
@@ -207,19 +214,18 @@ def _resume_command() -> str:
     return shlex.join(["minigpt", *arguments, "--resume"])
 
 
-def _show_plan(config: Config, dataset: Dataset) -> None:
+def _show_plan(config: Config, dataset: Dataset, vocab_size: int) -> None:
     """--dry-run: what the run will cost, by arithmetic and by one real step. Writes nothing."""
     import torch
 
     from minigpt_cli.core.measure import estimate_memory, measure_training
     from minigpt_cli.core.model import GPT
     from minigpt_cli.core.runtime import describe_device, memory_advice
-    from minigpt_cli.core.tokenizer import from_json
 
-    runtime = _choose_runtime(config, None)
+    runtime = _choose_runtime(config, None, vocab_size)
     for line in runtime.notes:
         note(line)
-    train, vocab_size = config.train, from_json(dataset.meta.tokenizer).vocab_size
+    train = config.train
     with torch.device("meta"):
         counts = GPT(config.model, vocab_size).parameter_counts()
     print_table("Parameters", [(name, f"{count:,}") for name, count in counts.items() if count])

@@ -16,7 +16,7 @@ from minigpt_cli.core.generate import Sampling, generate
 from minigpt_cli.core.model import GPT, lm_loss
 from minigpt_cli.core.optim import make_optimizer
 from minigpt_cli.core.runtime import Runtime, memory_advice, peak_flops, peak_memory_bytes, seed_everything
-from minigpt_cli.core.train import Statistics, train_step
+from minigpt_cli.core.train import Statistics, TrainStep
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ def measure_training(
             tokens, config.model.block_size, train.batch_size,
             seed=train.seed, sampling=config.data.sampling, device=runtime.device,
         )  # fmt: skip
-        forward, _ = runtime.wrap(model, batches.in_pieces(0, train.accumulation)[0][0])
+        runtime.wrap(model, batches.in_pieces(0, train.accumulation)[0][0])
+        train_step = TrainStep(model, optimizer, scaler, config, runtime, counters)
 
         def step(number: int) -> None:
-            pieces = batches.in_pieces(number, train.accumulation)
-            train_step(forward, optimizer, scaler, pieces, config, runtime, counters, number)
+            train_step(batches.in_pieces(number, train.accumulation), number)
             runtime.synchronize()
 
         step(0)

@@ -43,6 +43,7 @@ def make_optimizer(model: GPT, config: TrainConfig, dtype: torch.dtype = torch.f
     groups = parameter_groups(model, config)
     for group in groups:  # a tensor, so that a new rate is no new program to compile or capture
         group["lr"] = torch.tensor(group["peak"], device=group["params"][0].device)
+        group["capturable"] = group["params"][0].is_cuda
     if config.optimizer == "muon":
         return Muon(groups, (config.beta1, config.beta2), dtype)
     return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)

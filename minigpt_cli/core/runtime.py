@@ -22,6 +22,10 @@ from minigpt_cli.core.errors import MinigptError, UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+COMPILE_PAYS_FROM = 120.0  # seconds of training without it
+ONE_THREAD_PARAMETERS = 32_000_000  # up to here a single stream is decoded by one CPU thread
+HALF_FROM_PARAMETERS = 1_000_000  # from here on reading weights, not calling operators, is what decoding waits for
+
 # Dense bf16 (fp16 where there is none) tensor-core TFLOP/s by the vendors' data sheets, for model FLOPs utilisation.
 PEAK_TFLOPS = {
     "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70,
@@ -60,41 +64,109 @@ class Runtime:
         elif self.device.type == "mps":
             torch.mps.synchronize()
 
-    def wrap(self, model: torch.nn.Module, example: torch.Tensor) -> tuple[Callable[..., torch.Tensor], str | None]:
-        """The model as a callable, compiled if so chosen; and what to tell the user when that was not possible.
+    def wrap(self, model: torch.nn.Module, example: torch.Tensor) -> str | None:
+        """Compile the model's blocks for training, if so chosen; returns what to tell the user when that failed.
 
-        Compiling happens at the first call, so it is called here, forward and backward, on an `example` input.
+        One block is compiled and serves for all: they share their code. Compiling happens at the first call, so the
+        model is called here, forward and backward, on an `example` input. The compiler keeps its results on disk.
         """
         if not self.compile:
-            return model, None
+            return None
+        blocks = [module for module in model.modules() if type(module).__name__ == "Block"]
         try:
-            compiled = torch.compile(model)
+            for block in blocks:
+                block.compile()
             with self.autocast():
-                compiled(example).sum().backward()
-            return compiled, None
+                model(example).sum().backward()
+            return None
         except Exception as error:  # compiling is a wrapping: whatever stops it, training goes on without
-            return model, f"compile: failed, going on without it ({first_line(error)})"
+            for block in blocks:
+                block._compiled_call_impl = None
+            return f"compile: failed, going on without it ({first_line(error)})"
         finally:
             model.zero_grad(set_to_none=True)
 
+    def uncompiled(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside the block compiled code rests: other shapes than training's would compile anew."""
+        return torch.compiler.set_stance("force_eager") if self.compile else contextlib.nullcontext()
 
-def choose_runtime(config: RuntimeConfig, *, width: int, rows: int) -> Runtime:
+    @property
+    def records(self) -> bool:
+        """Whether work can be recorded and replayed here."""
+        return self.device.type == "cuda"
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What does `work` again on the same tensors: a CUDA graph, one launch for hundreds. Does not do it yet."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        return graph.replay
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run will ask of the machine: how often, how deep, how much."""
+
+    steps: int
+    layers: int
+    flops_per_step: float
+
+    def eager_seconds(self, peak: float | None) -> float:
+        """About how long it takes without compiling: by arithmetic at 40 % of the peak, or by the launches of some 120
+        kernels per layer and step at 8 microseconds, whichever is longer. `peak` in FLOP/s, where it is known."""
+        arithmetic = self.flops_per_step / (0.4 * (peak or 50e12))
+        return self.steps * max(arithmetic, self.layers * 120 * 8e-6)
+
+
+def choose_runtime(config: RuntimeConfig, *, width: int, rows: int, workload: Workload | None = None) -> Runtime:
     """Turn `auto` into decisions for this machine; `width` and `rows` are the sizes of the model's matrix products.
 
-    Raises UserError when the config asks for what the machine has not.
+    `workload` tells whether compiling pays; without one it does not. Raises UserError when the config asks for what
+    the machine has not.
     """
     device, notes = _choose_device(config.device)
     precision, note = _choose_precision(config.precision, device, width, rows)
     notes += [note] if note else []
-    compiling = config.compile is True or (config.compile == "auto" and device.type == "cuda")
-    if config.compile == "auto":
-        notes.append("compile: " + ("on, CUDA gains from it" if compiling else f"off, {device.type} gains too little"))
+    seconds = workload.eager_seconds(peak_flops(device)) if workload else None
+    compiling, why = _choose_compile(config.compile, device, seconds)
+    notes += [why] if why else []
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; without it cuBLAS may vary
         torch.use_deterministic_algorithms(True)
     return Runtime(device, precision, compiling, tuple(notes))
+
+
+def _choose_compile(asked: bool | str, device: torch.device, seconds: float | None) -> tuple[bool, str | None]:
+    if isinstance(asked, bool):
+        return asked, None
+    if device.type != "cuda":
+        return False, f"compile: off, it makes training on {device.type} no faster"
+    if seconds is None:
+        return False, None
+    if seconds < COMPILE_PAYS_FROM:
+        return False, f"compile: off, compiling would take about as long as it saves in {seconds:,.0f} s of training"
+    return True, f"compile: on, about {seconds / 60:,.0f} minutes of training are worth it"
+
+
+def choose_decoding_runtime(config: RuntimeConfig, n_parameters: int) -> Runtime:
+    """As `choose_runtime`, for sampling: one row at a time, where reading the weights is the work.
+
+    `auto` depends on the machine and the model only, never on a measurement: the same seed must give the same text.
+    Raises UserError when the config asks for what the machine has not.
+    """
+    device, notes = _choose_device(config.device)
+    if config.precision != "auto":
+        precision, _ = _choose_precision(config.precision, device, 1, 1)
+    elif device.type == "cuda":
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    else:
+        small, large = n_parameters < HALF_FROM_PARAMETERS, n_parameters > ONE_THREAD_PARAMETERS
+        precision = "bf16" if _cpu_has_bf16(device) and not (small or large) else "fp32"
+    if config.precision == "auto" and precision == "bf16":
+        notes.append("precision: bf16, weights of half the size are read in half the time")
+    return Runtime(device, precision, False, tuple(notes))
 
 
 def seed_everything(*key: int) -> None:
@@ -116,6 +188,17 @@ def memory_advice(config: TrainConfig, device: torch.device) -> Iterator[None]:
         smaller = max((d for d in range(1, rows // 2 + 1) if batch % d == 0), default=None)
         remedy = f"--set train.micro_batch_size={smaller} trains the same in less" if smaller else "use a smaller model"
         raise MinigptError(f"out of memory on {device} with {rows:,} sequences at a time; {remedy}") from None
+
+
+@contextlib.contextmanager
+def cpu_threads(n: int | None) -> Iterator[None]:
+    """Compute with `n` threads inside the block; None changes nothing. Switching takes no time worth counting."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if n is None else n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -183,6 +266,11 @@ def _choose_precision(asked: str, device: torch.device, width: int, rows: int) -
     if ratio >= 1.5:  # the casts around each product eat a small gain
         return "bf16", f"precision: bf16, this CPU multiplies matrices {ratio:.1f}x as fast in it (measured just now)"
     return "fp32", f"precision: fp32, bf16 would run at {ratio:.1f}x on this CPU (measured just now)"
+
+
+def _cpu_has_bf16(device: torch.device) -> bool:
+    """Whether this is a CPU with instructions for bf16, which prompts need: without them it is far slower."""
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()  # in every torch since 2.9, unlike others
 
 
 def _bf16_speedup(width: int, rows: int) -> float:

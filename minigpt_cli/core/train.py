@@ -27,7 +27,7 @@ from minigpt_cli.core.metrics import Listener
 from minigpt_cli.core.model import GPT, lm_loss
 from minigpt_cli.core.optim import WeightAverage, learning_rate_at, make_optimizer, set_learning_rate
 from minigpt_cli.core.run import BackgroundSaver, RunFolder
-from minigpt_cli.core.runtime import Runtime, memory_advice, seed_everything
+from minigpt_cli.core.runtime import Runtime, first_line, memory_advice, seed_everything
 from minigpt_cli.core.tokenizer import Tokenizer, from_json
 
 SAMPLE_TOKENS = 200
@@ -40,10 +40,11 @@ class Statistics:
 
     loss_sum: Tensor  # of the steps since the last log
     failed_at: Tensor  # the first step whose loss or gradient was not finite; -1 while all is well
+    step: Tensor  # the number of the step at work
 
     @classmethod
     def zeros(cls, device: torch.device) -> Statistics:
-        return cls(torch.zeros((), device=device), torch.full((), -1, device=device))
+        return cls(*(torch.tensor(value, device=device) for value in (0.0, -1, 0)))
 
 
 def train_step(
@@ -55,31 +56,100 @@ def train_step(
     When the loss or the gradient is not finite, this step and every later one leave the weights as they are, and
     `statistics.failed_at` says where that began. (With fp16 an overflowing gradient is the scaler's business.)
     """
-    seed = config.train.seed
+    statistics.step.fill_(step)
     for i, (x_BT, y_BT) in enumerate(micro_batches):
-        seed_everything(seed, step, i)  # the dropout masks
-        with runtime.autocast():
-            logits_BTV = model(x_BT)
-        loss = lm_loss(logits_BTV, y_BT) / len(micro_batches)
-        scaler.scale(loss).backward()
-        statistics.loss_sum += loss.detach()
-        _latch_failure(statistics, loss.detach(), step)
+        seed_everything(config.train.seed, step, i)  # the dropout masks
+        _accumulate(model, scaler, x_BT, y_BT, len(micro_batches), runtime, statistics)
+    _update(optimizer, scaler, config, statistics)
+
+
+class TrainStep:
+    """`train_step` for one batch after another of equal shape; on CUDA recorded once, then replayed by the device.
+
+    What changes from step to step (batch, seed, learning rate, step number) is then written into tensors that stay in
+    place. Several micro batches draw their dropout from seeds of their own, and loss scaling asks the host: these are
+    not recorded. Where recording fails, `note` is told, and training goes on without.
+    """
+
+    WARM_UP = 3  # ordinary steps, which allocate what a recording refers to
+
+    def __init__(
+        self, model: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+        config: Config, runtime: Runtime, statistics: Statistics, note: Callable[[str], None] = lambda message: None,
+    ) -> None:  # fmt: skip
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.config, self.runtime, self.statistics, self.note = config, runtime, statistics, note
+        self.recordable = runtime.records and config.train.accumulation == 1 and not scaler.is_enabled()
+        self.taken = 0
+        self.batch: tuple[Tensor, Tensor] | None = None
+        self.replay: Callable[[], None] | None = None
+
+    def __call__(self, micro_batches: Sequence[tuple[Tensor, Tensor]], step: int) -> None:
+        self.taken += 1
+        if not self.recordable or self.taken <= self.WARM_UP or not self._recorded(*micro_batches[0]):
+            train_step(
+                self.model, self.optimizer, self.scaler, micro_batches, self.config, self.runtime, self.statistics, step
+            )
+            return
+        assert self.batch is not None
+        assert self.replay is not None
+        for place, new in zip(self.batch, micro_batches[0], strict=True):
+            place.copy_(new)
+        self.statistics.step.fill_(step)
+        seed_everything(self.config.train.seed, step, 0)
+        self.replay()
+
+    def _recorded(self, x_BT: Tensor, y_BT: Tensor) -> bool:
+        """Record, if that has not been done; false if it cannot be. Recording computes nothing."""
+        if self.replay is None:
+            self.batch = (x_BT.clone(), y_BT.clone())
+            try:
+                self.replay = self.runtime.record(self._work)
+            except RuntimeError as error:
+                self.note(f"CUDA graph: failed, going on without it ({first_line(error)})")
+                self.optimizer.zero_grad(set_to_none=True)
+                self.recordable = False
+        return self.recordable
+
+    def _work(self) -> None:
+        assert self.batch is not None
+        _accumulate(self.model, self.scaler, *self.batch, 1, self.runtime, self.statistics)
+        _update(self.optimizer, self.scaler, self.config, self.statistics)
+
+
+def _accumulate(
+    model: Callable[[Tensor], Tensor], scaler: torch.amp.GradScaler, x_BT: Tensor, y_BT: Tensor, parts: int,
+    runtime: Runtime, statistics: Statistics,
+) -> None:  # fmt: skip
+    """Forward and backward of one of `parts` micro batches."""
+    with runtime.autocast():
+        logits_BTV = model(x_BT)
+    loss = lm_loss(logits_BTV, y_BT) / parts
+    scaler.scale(loss).backward()
+    statistics.loss_sum += loss.detach()
+    _latch_failure(statistics, loss.detach())
+
+
+def _update(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, config: Config, statistics: Statistics
+) -> None:
+    """Clip, and move the weights by the gradients that were gathered."""
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if config.train.grad_clip:
         torch.nn.utils.clip_grads_with_norm_(parameters, config.train.grad_clip, norm)
     if not scaler.is_enabled():
-        _latch_failure(statistics, norm, step)
+        _latch_failure(statistics, norm)
         optimizer.found_inf = (statistics.failed_at >= 0).float()  # type: ignore[attr-defined] # fused AdamW skips then
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
 
 
-def _latch_failure(statistics: Statistics, value: Tensor, step: int) -> None:
+def _latch_failure(statistics: Statistics, value: Tensor) -> None:
     failed = (statistics.failed_at < 0) & ~torch.isfinite(value)
-    statistics.failed_at = torch.where(failed, step, statistics.failed_at)
+    statistics.failed_at.copy_(torch.where(failed, statistics.step, statistics.failed_at))
 
 
 @dataclass(frozen=True)
@@ -138,9 +208,12 @@ class Trainer:
         self.progress = Progress(precision=runtime.precision)
         if resume:
             self._restore(resume)
-        self.forward, note = runtime.wrap(self.model, self.batches.in_pieces(0, config.train.accumulation)[0][0])
+        note = runtime.wrap(self.model, self.batches.in_pieces(0, config.train.accumulation)[0][0])
         if note:
-            self._tell(lambda listener: listener.note(note))
+            self._note(note)
+        self.train_step = TrainStep(
+            self.model, self.optimizer, self.scaler, config, runtime, self.statistics, self._note
+        )
         self.saver = BackgroundSaver(self._saved)
         self.saved_at = self.progress.step if resume else -1
         self.started = time.perf_counter() - self.progress.seconds
@@ -189,7 +262,7 @@ class Trainer:
         step, train = self.progress.step, self.config.train
         set_learning_rate(self.optimizer, learning_rate_at(step, train) / train.learning_rate)
         pieces = self.batches.in_pieces(step, train.accumulation)
-        train_step(self.forward, self.optimizer, self.scaler, pieces, self.config, self.runtime, self.statistics, step)
+        self.train_step(pieces, step)
         if self.average is not None:
             self.average.update(step)
         self.progress.step = step + 1
@@ -223,7 +296,7 @@ class Trainer:
         """
         progress = self.progress
         self._check_finite()
-        with self._averaged():
+        with self._averaged(), self.runtime.uncompiled():
             score = evaluate(self.model, self.dataset.val, self.runtime, stop=self.stop)
         if score is None:  # asked to stop; the evaluation is made up for when the run is resumed
             return False
@@ -243,7 +316,7 @@ class Trainer:
     def _sample(self) -> None:
         generator = torch.Generator(self.runtime.device).manual_seed(self.config.train.seed)
         prompt = torch.zeros(1, 1, dtype=torch.long, device=self.runtime.device)
-        with self._averaged(), self.runtime.autocast():
+        with self._averaged(), self.runtime.uncompiled(), self.runtime.autocast():
             ids = [
                 int(ids_B) for ids_B, _ in generate(self.model, prompt, SAMPLE_TOKENS, Sampling(), generator=generator)
             ]
@@ -315,7 +388,7 @@ class Trainer:
         """Before weights that no evaluation has seen replace a good checkpoint: do they still give a finite loss?"""
         x, y = self.batches.at(self.progress.step, slice(0, 1))
         self.model.eval()
-        with torch.no_grad(), self.runtime.autocast():
+        with torch.no_grad(), self.runtime.uncompiled(), self.runtime.autocast():
             finite = bool(torch.isfinite(lm_loss(self.model(x), y)))
         self.model.train()
         if not finite:
@@ -333,6 +406,9 @@ class Trainer:
     def _record(self, **values: float) -> None:
         record = {"step": self.progress.step, **values, "seconds": round(self._seconds(), 3)}
         self._tell(lambda listener: listener.log(record))
+
+    def _note(self, message: str) -> None:
+        self._tell(lambda listener: listener.note(message))
 
     def _tell(self, what: Callable[[Listener], None]) -> None:
         for listener in self.listeners:

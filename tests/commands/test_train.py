@@ -249,7 +249,7 @@ def test_a_dry_run_counts_and_writes_nothing(here: Path) -> None:
         (["--config", "gpt", "--set", "train.learning_rate=-1"], ["train.learning_rate", "greater than 0", "-1"]),
         (["--config", "gpt", "--set", "train.learning_rate=.nan"], ["train.learning_rate", "nan"]),
         (["--config", "gpt", "--set", "train.micro_batch_size=7"], ["64 cannot be split", "of 7; try 4 or 8"]),
-        (["--config", "gpt", "--set", "train.lr_schedule=cosin"], ["'constant', 'cosine' or 'linear'"]),
+        (["--config", "gpt", "--set", "train.lr_schedule=cosin"], ["'constant', 'cosine', 'linear' or 'wsd'"]),
         (["--config", "gpt", "--device", "gpu"], ["device", "'gpu'"]),
         (["--config", "gpt", "--device", "cuda:99"], ["device cuda:99 was asked for", "--device cpu"]),
         (["--config", "gpt", "--out", ""], ["out_dir"]),

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from minigpt_cli.core.config import ModelConfig, RuntimeConfig
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.measure import estimate_memory, measure_decoding, measure_training, random_tokens
 from minigpt_cli.core.model import GPT, lm_loss
-from minigpt_cli.core.runtime import Runtime, choose_runtime, peak_memory_bytes, seed_everything
+from minigpt_cli.core.runtime import (
+    Runtime,
+    Workload,
+    _choose_compile,
+    choose_runtime,
+    peak_memory_bytes,
+    seed_everything,
+)
 from runs import CPU, RunTraining, small_config
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -65,9 +75,9 @@ def test_without_a_compiler_training_goes_on_and_says_so(monkeypatch: pytest.Mon
     model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8), 5)
     example = torch.zeros(2, 8, dtype=torch.long)
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
-        forward, note = Runtime(torch.device("cpu"), "fp32", compile=True).wrap(model, example)
-    assert forward is model
+        note = Runtime(torch.device("cpu"), "fp32", compile=True).wrap(model, example)
     assert note is not None
+    assert model(example).shape == (2, 8, 5)  # uncompiled
     assert "going on without" in note
 
 
@@ -80,6 +90,51 @@ def test_a_compiled_model_learns_the_same(run_training: RunTraining) -> None:
     if compiled.notes:
         pytest.skip(compiled.notes[0])
     assert eager.losses("train_loss") == pytest.approx(compiled.losses("train_loss"), rel=1e-4)
+
+
+def test_compiling_is_weighed_against_the_run() -> None:
+    """By hand: 6 layers x 120 launches x 8 us = 5.76 ms a step; 1e12 FLOP at 40 % of 50 TFLOP/s = 50 ms."""
+    assert Workload(1000, 6, 1e9).eager_seconds(None) == pytest.approx(5.76)
+    assert Workload(1000, 6, 1e12).eager_seconds(None) == pytest.approx(50.0)
+    assert Workload(1000, 6, 1e12).eager_seconds(1e15) == pytest.approx(5.76)
+    cuda = torch.device("cuda")
+    assert _choose_compile("auto", cuda, None) == (False, None)
+    assert _choose_compile("auto", cuda, 5.76)[0] is False
+    assert "6 s of training" in (_choose_compile("auto", cuda, 5.76)[1] or "")
+    assert _choose_compile("auto", cuda, 600.0)[0] is True
+    assert "10 minutes" in (_choose_compile("auto", cuda, 600.0)[1] or "")
+    assert _choose_compile("auto", torch.device("cpu"), 600.0)[0] is False
+    assert _choose_compile(True, cuda, 1.0) == (True, None)
+
+
+def test_recorded_steps_are_the_ordinary_ones(run_training: RunTraining, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a recording does on the tensors that it was made with, done here by the CPU: dropout, schedule, failures."""
+    config = small_config(optimizer="muon", lr_schedule="cosine", grad_clip=1.0, ema=0.9)
+    ordinary, told, _ = run_training("ordinary", config)
+    calls = []
+
+    def record(self: Runtime, work: Callable[[], None]) -> Callable[[], None]:
+        calls.append(work)
+        return work
+
+    monkeypatch.setattr(Runtime, "records", True)
+    monkeypatch.setattr(Runtime, "record", record)
+    recorded, told_too, _ = run_training("recorded", config)
+    assert len(calls) == 1
+    assert told_too.losses("train_loss") == told.losses("train_loss")
+    for name, tensor in load_file(ordinary.last).items():
+        assert torch.equal(tensor, load_file(recorded.last)[name]), name
+
+
+def test_where_recording_fails_training_goes_on_and_says_so(
+    run_training: RunTraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, told, _ = run_training("ordinary", small_config())
+    monkeypatch.setattr(Runtime, "records", True)  # and there is no CUDA: recording raises
+    _, told_too, _ = run_training("tried", small_config())
+    assert "CUDA graph: failed, going on without it" in told_too.notes[0]
+    assert len(told_too.notes) == 1
+    assert told_too.losses("train_loss") == told.losses("train_loss")
 
 
 def test_bf16_training_stays_near_fp32(run_training: RunTraining) -> None:
@@ -121,21 +176,37 @@ def test_estimated_activations_are_those_that_autograd_keeps() -> None:
 def test_a_training_step_never_waits_for_the_gpu() -> None:
     from minigpt_cli.core.dataset import Batches
     from minigpt_cli.core.optim import make_optimizer
-    from minigpt_cli.core.train import Statistics, train_step
+    from minigpt_cli.core.train import Statistics, TrainStep
 
     runtime = choose(device="cuda", compile=False)
     config = small_config()
     model = GPT(config.model, 40).to(runtime.device)
     optimizer, scaler = make_optimizer(model, config.train), runtime.scaler()
-    counters = Statistics.zeros(runtime.device)
+    take_step = TrainStep(model, optimizer, scaler, config, runtime, Statistics.zeros(runtime.device), pytest.fail)
     batches = Batches(random_tokens(1000, 40), 8, 4, seed=1, sampling="random", device=runtime.device)
-    for step in range(4):
-        if step == 2:  # warm: allocations and lazy initialisation are behind us
+    for step in range(8):
+        if step in (2, 5):  # warm: allocations and lazy initialisation are behind us; or recorded
             torch.cuda.set_sync_debug_mode("error")
         try:
-            train_step(model, optimizer, scaler, [batches.at(step)], config, runtime, counters, step)
+            take_step([batches.at(step)], step)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "muon", "position": "rope", "grad_clip": 1.0}], ids=str)
+def test_a_recorded_run_is_the_ordinary_run(
+    changes: dict[str, Any], run_training: RunTraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, dropout included: otherwise a resumed run, whose first steps are ordinary, would go elsewhere."""
+    runtime = choose(device="cuda", compile=False)
+    _, recorded, _ = run_training("recorded", small_config(**changes), runtime=runtime)
+    monkeypatch.setattr(Runtime, "records", False)
+    _, ordinary, _ = run_training("ordinary", small_config(**changes), runtime=runtime)
+    assert not recorded.notes
+    assert recorded.losses("train_loss") == ordinary.losses("train_loss")
+    assert recorded.losses("val_loss") == ordinary.losses("val_loss")
 
 
 @pytest.mark.cuda

@@ -1,0 +1,154 @@
+"""What each ingredient of the modern recipe is worth, and whether the recipe holds on other texts. Prints Markdown.
+
+    python tests/recipe.py ablate --text input.txt [--config cpu] [--steps 600] [--seeds 3] [--jobs 1]
+    python tests/recipe.py corpora prose.txt code.txt other.txt [--tokenizer char] [--config cpu] [--seeds 1]
+
+`ablate` looks at the first nine tenths of the text only, and judges on the last tenth of those: what is chosen here has
+not seen the validation text. `corpora` trains the config, and then `gpt.yaml`'s recipe, in `gpt.yaml`'s shape and in
+the config's, for as long as the config took; it judges on each text's own last tenth. Timings want an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ABLATIONS: dict[str, dict[str, str]] = {
+    "the whole recipe": {},
+    "AdamW instead of Muon": {"train.optimizer": "adamw"},
+    "learned positions instead of rotary": {"model.position": "learned"},
+    "no QK-norm": {"model.qk_norm": "false"},
+    "GELU instead of squared ReLU": {"model.mlp": "gelu"},
+    "gated (SwiGLU) instead of squared ReLU": {"model.mlp": "swiglu"},
+    "RMSNorm instead of LayerNorm": {"model.norm": "rmsnorm"},
+    "biases everywhere": {"model.bias": "true", "model.bias_qkv": "true", "model.bias_head": "true"},
+    "constant rate instead of linear to zero": {"train.lr_schedule": "constant"},
+    "cosine instead of linear": {"train.lr_schedule": "cosine"},
+    "random windows instead of epochs": {"data.sampling": "random"},
+    "no weight decay": {"train.weight_decay": "0"},
+    "half the context, twice the batch": {"model.block_size": "64", "train.batch_size": "32"},
+}
+TRIED: dict[str, dict[str, str]] = {
+    "+ zero-initialised projections": {"model.zero_init": "true"},
+    "+ logits capped at 15": {"model.logit_softcap": "15"},
+    "+ dropout 0.1": {"model.dropout": "0.1"},
+    "+ weight average (EMA 0.99)": {"train.ema": "0.99"},
+    "+ tied head": {"model.tie_weights": "true"},
+    "+ grouped queries (one key-value head)": {"model.n_kv_head": "1"},
+    "warmup, stable, decay (last 40 %)": {"train.lr_schedule": "wsd", "train.cooldown": "0.4"},
+}
+CLASSIC = {  # gpt.yaml's recipe, for a model of any shape
+    "model.position": "learned", "model.norm": "layernorm", "model.qk_norm": "false", "model.mlp": "relu",
+    "model.bias": "true", "model.bias_head": "true", "model.dropout": "0.2", "model.zero_init": "false",
+    "train.optimizer": "adamw", "train.learning_rate": "3e-4", "train.lr_schedule": "constant",
+    "train.warmup_iters": "0", "train.weight_decay": "0.01", "train.decay": "all", "train.beta2": "0.999",
+    "train.grad_clip": "null", "train.max_iters": "1000000", "data.sampling": "random",
+}  # fmt: skip
+MINIGPT = [sys.executable, "-m", "minigpt_cli"]
+
+
+def train(folder: Path, config: str, data: Path, settings: dict[str, str], threads: int | None) -> dict[str, float]:
+    """One run from start to end: its validation loss and the wall time of the whole command, in seconds."""
+    arguments = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    command = [*MINIGPT, "train", "--config", config, "--set", f"data.path={data}", "--out", str(folder), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["val_loss"] for record in records if "val_loss" in record]
+    return {"best": min(losses), "last": losses[-1], "seconds": records[-1]["seconds"], "step": records[-1]["step"]}
+
+
+def prepare(text: Path, out: Path, tokenizer: str) -> None:
+    subprocess.run([*MINIGPT, "prepare", str(text), "--out", str(out), "--tokenizer", tokenizer], check=True,
+                   capture_output=True)  # fmt: skip
+
+
+def ablate(arguments: argparse.Namespace, scratch: Path) -> None:
+    text = arguments.text.read_text(encoding="utf-8")
+    piece = scratch / "piece.txt"
+    piece.write_text(text[: len(text) * 9 // 10], encoding="utf-8")
+    prepare(piece, scratch / "data", "char")
+    chosen = ABLATIONS | TRIED
+    common = {"train.max_iters": str(arguments.steps), "train.eval_interval": str(arguments.steps),
+              "train.checkpoint_interval": str(arguments.steps)}  # fmt: skip
+    threads = 1 if arguments.jobs > 1 else None
+
+    def run(job: tuple[str, int]) -> tuple[str, dict[str, float]]:
+        name, seed = job
+        settings = common | {"train.seed": str(seed)} | chosen[name]
+        folder = scratch / f"{list(chosen).index(name)}-{seed}"
+        result = train(folder, arguments.config, scratch / "data", settings, threads)
+        print(f"{name}, seed {seed}: {result['last']:.4f}, {result['seconds']:.0f} s", file=sys.stderr, flush=True)
+        return name, result
+
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for name, result in pool.map(run, [(name, seed) for seed in range(arguments.seeds) for name in chosen]):
+            results[name].append(result)
+    base = [r["last"] for r in results["the whole recipe"]]
+    seconds = statistics.median(r["seconds"] for r in results["the whole recipe"])
+    print(f"| `{arguments.config}`, {arguments.steps} steps, {arguments.seeds} seeds | loss | worse by | time |")
+    print("| --- | --- | --- | --- |")
+    for name, runs in results.items():
+        losses = [r["last"] for r in runs]
+        by_seed = [loss - other for loss, other in zip(losses, base, strict=True)]
+        error = statistics.stdev(by_seed) / len(by_seed) ** 0.5 if len(by_seed) > 1 and any(by_seed) else 0.0
+        time = statistics.median(r["seconds"] for r in runs) / seconds
+        print(
+            f"| {name} | {statistics.mean(losses):.4f} | {statistics.mean(by_seed):+.4f} ± {error:.4f} | {time:.2f}x |"
+        )
+
+
+def corpora(arguments: argparse.Namespace, scratch: Path) -> None:
+    print(f"| text | `{arguments.config}` | time | `gpt.yaml`, as long | its recipe in the same shape, as long |")
+    print("| --- | --- | --- | --- | --- |")
+    for text in arguments.texts:
+        cells: list[list[float]] = [[], [], [], []]
+        data = scratch / text.stem
+        prepare(text, data, arguments.tokenizer)
+        for seed in range(arguments.seeds):
+            own = {"train.seed": str(seed)}
+            modern = train(scratch / f"{text.stem}-{seed}", arguments.config, data, own, None)
+            limits = own | {"train.max_minutes": str(modern["seconds"] / 60), "train.eval_interval": "200"}
+            seed_shape = {"train.batch_size": "8", "train.eval_interval": "100000"}  # 64 a step are too few steps here
+            gpt = train(scratch / f"{text.stem}-{seed}-gpt", "gpt", data, limits | seed_shape, None)
+            same = train(scratch / f"{text.stem}-{seed}-same", arguments.config, data, limits | CLASSIC, None)
+            for cell, value in zip(cells, (modern["best"], modern["seconds"], gpt["best"], same["best"]), strict=True):
+                cell.append(value)
+        loss, seconds, gpt_loss, same_loss = (statistics.mean(cell) for cell in cells)
+        print(f"| {text.name}, {text.stat().st_size / 1e6:.1f} MB | {loss:.4f} | {seconds:.0f} s | {gpt_loss:.4f} "
+              f"| {same_loss:.4f} |", flush=True)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="cpu")
+    commands = parser.add_subparsers(required=True)
+    for name, function in (("ablate", ablate), ("corpora", corpora)):
+        command = commands.add_parser(name)
+        command.set_defaults(function=function)
+        command.add_argument("--config", default="cpu")
+        command.add_argument("--seeds", type=int, default=3 if name == "ablate" else 1)
+        if name == "ablate":
+            command.add_argument("--text", type=Path, required=True)
+            command.add_argument("--steps", type=int, default=600)
+            command.add_argument("--jobs", type=int, default=1, help="runs side by side, with one thread each")
+        else:
+            command.add_argument("texts", type=Path, nargs="+")
+            command.add_argument("--tokenizer", default="char")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments.function(arguments, Path(scratch))
+
+
+if __name__ == "__main__":
+    main()
