@@ -74,10 +74,30 @@ def train(
     vocab_size = from_json(dataset.meta.tokenizer).vocab_size
     for split in (dataset.train, dataset.val):
         require_known_tokens(split, vocab_size, dataset.folder)
+    chosen = _with_horizon(chosen, dataset, vocab_size)
     if dry_run:
         _show_plan(chosen, dataset, vocab_size)
         return
     _run(chosen, dataset, vocab_size, resume=resume, overwrite=overwrite, allow_data_change=allow_data_change)
+
+
+def _with_horizon(config: Config, dataset: Dataset, vocab_size: int) -> Config:
+    if config.train.max_iters != "auto":
+        return config
+    import torch
+
+    from minigpt_cli.core.model import GPT
+    from minigpt_cli.core.optim import with_horizon
+
+    with torch.device("meta"):
+        n_parameters = GPT(config.model, vocab_size).parameter_counts()["total"]
+    resolved = with_horizon(config, len(dataset.train), n_parameters)
+    per_step = config.train.batch_size * config.model.block_size
+    note(
+        f"max_iters: {resolved.train.steps:,}, for {n_parameters:,} parameters and {len(dataset.train):,} tokens "
+        f"({resolved.train.steps * per_step / len(dataset.train):.1f} passes over the text)"
+    )
+    return resolved
 
 
 def _settings_of_run(folder: Path, overrides: list[tuple[str, Any]]) -> Config:
@@ -147,7 +167,7 @@ def _run(
                 f"stopped at step {result.progress.step:,}, all saved; go on with:\n  {_resume_command()}",
                 stop.exit_code,
             )
-        for line in verdict(result, read_metrics(folder.metrics)):
+        for line in verdict(result, read_metrics(folder.metrics), config):
             print(safe(line))
         checkpoint = shlex.quote(str(result.best or result.last))
         print(safe(f"Sample from it: minigpt sample --ckpt {checkpoint} --tokens 500"))
@@ -221,6 +241,7 @@ def _show_plan(config: Config, dataset: Dataset, vocab_size: int) -> None:
     from minigpt_cli.core.measure import estimate_memory, measure_training
     from minigpt_cli.core.model import GPT
     from minigpt_cli.core.runtime import describe_device, memory_advice
+    from minigpt_cli.core.verdict import dropout_advice
 
     runtime = _choose_runtime(config, None, vocab_size)
     for line in runtime.notes:
@@ -250,4 +271,6 @@ def _show_plan(config: Config, dataset: Dataset, vocab_size: int) -> None:
             ("estimated time", duration(min(seconds, (train.max_minutes or float("inf")) * 60))),
         ],
     )
+    if advice := dropout_advice(config, train.steps * per_step / len(dataset.train)):
+        print(safe(advice))
     print("Nothing was written.")

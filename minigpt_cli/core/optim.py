@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minigpt_cli.core.config import TrainConfig
+from minigpt_cli.core.config import Config, TrainConfig
 from minigpt_cli.core.model import GPT
 
 MUON_MOMENTUM = 0.95
+TOKENS_PER_PARAMETER = 20  # beyond which a larger model is the better use of time (Hoffmann et al. 2022)
+MOST_EPOCHS = 20  # beyond which reading the same text again teaches nothing more (docs/recipe.md)
 
 
 def parameter_groups(model: GPT, config: TrainConfig) -> list[dict[str, Any]]:
@@ -109,6 +111,19 @@ def orthogonalized(m_NRC: Tensor) -> Tensor:
         gram = x @ x.transpose(1, 2)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x if wide else x.transpose(1, 2)
+
+
+def with_horizon(config: Config, n_tokens: int, n_parameters: int) -> Config:
+    """The config with `max_iters: auto` made a number, for so many training tokens and so large a model.
+
+    As many tokens as are worth it: 20 per parameter (Hoffmann et al. 2022, arXiv:2203.15556), but no more than 20
+    passes over the text (repeated tokens are worth ever less: Muennighoff et al. 2023, arXiv:2305.16264).
+    """
+    if config.train.max_iters != "auto":
+        return config
+    tokens = min(TOKENS_PER_PARAMETER * n_parameters, MOST_EPOCHS * n_tokens)
+    steps = max(1, round(tokens / (config.train.batch_size * config.model.block_size)))
+    return config.model_copy(update={"train": config.train.model_copy(update={"max_iters": steps})})
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:

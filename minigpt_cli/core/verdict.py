@@ -4,13 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from minigpt_cli.core.config import Config
 from minigpt_cli.core.metrics import Record
 from minigpt_cli.core.train import Result
 
 NOTICEABLE = 0.01  # a difference of loss, relative, that is worth a word
+LEARNED_BY_HEART = 0.15  # a training loss so much lower than the validation loss, relative
+FEW_EPOCHS, MANY_EPOCHS = 4, 10  # up to which repeated text is as good as new; from which it is learned by heart
 
 
-def verdict(result: Result, records: Sequence[Record]) -> list[str]:
+def dropout_advice(config: Config, epochs: float) -> str | None:
+    """One sentence where the dropout does not suit how often the run reads the same text; the rule of docs/recipe.md.
+
+    Up to about 4 passes repeated text teaches nearly as much as new text would (Muennighoff et al. 2023,
+    arXiv:2305.16264), and dropout only slows a small model down.
+    """
+    dropout = config.model.dropout
+    if epochs < FEW_EPOCHS and dropout > 0.05:
+        return f"Only {epochs:.1f} passes over the text: model.dropout=0.0 would learn more in them than {dropout:g}."
+    if epochs >= MANY_EPOCHS and dropout < 0.1:
+        return f"{epochs:.0f} passes over the text: model.dropout=0.2 would keep it from being learned by heart."
+    return None
+
+
+def verdict(result: Result, records: Sequence[Record], config: Config) -> list[str]:
     """Sentences: best step, epochs seen, whether it overfits, what to change. `records` is metrics.jsonl."""
     progress = result.progress
     losses = [record["val_loss"] for record in records if "val_loss" in record]
@@ -27,6 +44,7 @@ def verdict(result: Result, records: Sequence[Record]) -> list[str]:
         lines.append("Stopped by the time budget (train.max_minutes), before train.max_iters.")
     last, final = losses[-1], _mean([loss for _, loss in training][-10:])
     gap = last - final if training else 0.0
+    planned = config.train.lr_schedule != "constant" and result.reason == "finished"
     at_best = _mean([loss for step, loss in training if step <= progress.best_step][-10:])
     if last > progress.best_loss * (1 + NOTICEABLE) and final < at_best:
         lines.append(
@@ -41,10 +59,15 @@ def verdict(result: Result, records: Sequence[Record]) -> list[str]:
         )
     elif len(losses) < 3:
         lines.append("Too few evaluations to tell more: train longer, or lower train.eval_interval.")
-    elif losses[-2] - last > NOTICEABLE / 2 * last and result.reason in ("finished", "time"):
+    elif planned and gap <= LEARNED_BY_HEART * last:
+        lines.append(
+            "It ended as its schedule was planned. A new run with twice the train.max_iters, or a larger model, could "
+            "go lower; to go on with this one would raise its learning rate again."
+        )
+    elif not planned and losses[-2] - last > NOTICEABLE / 2 * last and result.reason in ("finished", "time"):
         more = "train.max_minutes" if result.reason == "time" else "train.max_iters"
         lines.append(f"It was still learning at the end: a larger {more} (with --resume) will lower the loss further.")
-    elif gap > 0.15 * last:
+    elif gap > LEARNED_BY_HEART * last:
         lines.append(
             f"The training loss is {gap:.2f} lower than the validation loss: the model begins to learn the text "
             "by heart. More dropout or more text would help; a larger model would not."

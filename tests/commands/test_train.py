@@ -17,9 +17,9 @@ import pytest
 from commands.conftest import FOREVER, TINY, Done, call, command, environment, run, sets, tree, wait_for
 from minigpt_cli.core import checkpoint
 from minigpt_cli.core.checkpoint import Progress
-from minigpt_cli.core.config import load_config, shipped_configs
+from minigpt_cli.core.config import load_config, parse_config, shipped_configs
 from minigpt_cli.core.train import Result
-from minigpt_cli.core.verdict import verdict
+from minigpt_cli.core.verdict import dropout_advice, verdict
 
 
 def train(*arguments: object) -> Done:
@@ -425,7 +425,9 @@ def test_two_runs_in_one_folder_are_refused(here: Path) -> None:
 # --- the verdict ---
 
 
-def judged(losses: list[float], training: list[float], reason: str = "finished", epochs: float = 4.0) -> str:
+def judged(
+    losses: list[float], training: list[float], reason: str = "finished", epochs: float = 4.0, **train: object
+) -> str:
     """The verdict on a run with these validation losses, one every 100 steps, and these training losses."""
     best = min(losses, default=None)
     progress = Progress(
@@ -434,7 +436,8 @@ def judged(losses: list[float], training: list[float], reason: str = "finished",
     )  # fmt: skip
     records: list[dict[str, Any]] = [{"step": 100 * (i + 1), "val_loss": loss} for i, loss in enumerate(losses)]
     records += [{"step": 100 * (i + 1), "train_loss": loss} for i, loss in enumerate(training)]
-    return "\n".join(verdict(Result(reason, progress, epochs, Path("best"), Path("last")), records))
+    config = parse_config({"train": train}, "test")
+    return "\n".join(verdict(Result(reason, progress, epochs, Path("best"), Path("last")), records, config))
 
 
 def test_the_verdict_names_the_best_step_and_the_epochs_until_then() -> None:
@@ -457,6 +460,25 @@ def test_the_verdict_on_a_run_that_was_still_learning() -> None:
     said = judged([3.0, 2.5, 2.0], [2.0], reason="time")
     assert "Stopped by the time budget" in said
     assert "a larger train.max_minutes (with --resume)" in said
+
+
+def test_the_verdict_on_a_schedule_that_came_to_its_end() -> None:
+    """The loss always falls fast there; resuming with more steps would only raise the rate again."""
+    said = judged([3.0, 2.5, 2.0], [2.0], lr_schedule="linear")
+    assert "twice the train.max_iters" in said
+    assert "--resume" not in said
+    assert "by heart" in judged([3.0, 2.5, 2.0], [1.0], lr_schedule="linear")
+    assert "--resume" in judged([3.0, 2.5, 2.0], [2.0], lr_schedule="linear", reason="time")
+
+
+@pytest.mark.parametrize(
+    ("epochs", "dropout", "word"),
+    [(1.0, 0.2, "0.0 would learn more"), (3.9, 0.1, "0.0 would"), (4.1, 0.2, None), (3.0, 0.0, None),
+     (10.0, 0.0, "model.dropout=0.2"), (40.0, 0.05, "40 passes"), (9.0, 0.0, None), (40.0, 0.2, None)],
+)  # fmt: skip
+def test_advice_on_dropout_follows_the_passes_over_the_text(epochs: float, dropout: float, word: str | None) -> None:
+    said = dropout_advice(parse_config({"model": {"dropout": dropout}}, "test"), epochs)
+    assert (word in said) if word and said else said is None and word is None
 
 
 def test_the_verdict_on_a_flat_curve() -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minigpt_cli.core.config import ModelConfig, TrainConfig
+from minigpt_cli.core.config import ModelConfig, TrainConfig, parse_config
 from minigpt_cli.core.model import GPT
 from minigpt_cli.core.optim import (
     WeightAverage,
@@ -19,6 +19,7 @@ from minigpt_cli.core.optim import (
     orthogonalized,
     parameter_groups,
     set_learning_rate,
+    with_horizon,
 )
 from oracle.adamw import NaiveAdamW
 from oracle.muon import NaiveMuon
@@ -249,3 +250,17 @@ def test_a_weight_average_is_the_weighted_sum_of_all_weights_so_far() -> None:
             torch.testing.assert_close(p, wanted)
     for p, wanted in zip(model.parameters(), trained, strict=True):
         assert torch.equal(p, wanted)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "tokens", "steps"),
+    [(1_000_000, 100_000_000, 2000), (10_000_000, 1_000_000, 2000), (1_000, 1_000_000, 2), (10, 1_000_000, 1)],
+)
+def test_the_horizon_is_twenty_tokens_a_parameter_and_at_most_twenty_epochs(
+    parameters: int, tokens: int, steps: int
+) -> None:
+    """With 10,000 tokens a step: 20 x 1e6 / 1e4; 20 x 1e6 again, for the text is short; and never no step at all."""
+    config = parse_config({"train": {"max_iters": "auto", "batch_size": 100}, "model": {"block_size": 100}}, "test")
+    assert with_horizon(config, tokens, parameters).train.steps == steps
+    fixed = parse_config({"train": {"max_iters": 7}}, "test")
+    assert with_horizon(fixed, tokens, parameters) is fixed
