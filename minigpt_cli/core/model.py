@@ -5,9 +5,12 @@ Shapes: B batch, T time, C width, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from minigpt_cli.core.config import ModelConfig
 from minigpt_cli.core.layers import (
@@ -15,11 +18,14 @@ from minigpt_cli.core.layers import (
     FeedForward,
     KVCache,
     LayerCache,
+    Place,
     Rotary,
     compute_dtype,
     make_norm,
     rotary_table,
 )
+
+WHOLE_LOGITS = 1 << 24  # elements of which float32 copies (64 MB each) do no harm
 
 
 class Block(nn.Module):
@@ -33,7 +39,7 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(
-        self, x_BTC: Tensor, rotary: Rotary | None = None, cache: LayerCache | None = None, start: int = 0
+        self, x_BTC: Tensor, rotary: Rotary | None = None, cache: LayerCache | None = None, start: int | Place = 0
     ) -> Tensor:
         x_BTC = x_BTC + self.attn(self.norm_attn(x_BTC), rotary, cache, start)
         return x_BTC + self.mlp(self.norm_mlp(x_BTC))
@@ -73,21 +79,26 @@ class GPT(nn.Module):
         ValueError when cache and new tokens together are longer than the context window; only a single token may go
         on past it, and only where positions are relative (`slides`): then the oldest token is forgotten.
         """
-        T, start = idx_BT.shape[1], cache.length if cache is not None else 0
-        if start + T > self.config.block_size and not (self.slides and T == 1 and cache is not None):
+        T = idx_BT.shape[1]
+        start: int | Place = 0 if cache is None else cache.place or cache.length
+        if isinstance(start, int) and start + T > self.config.block_size and not (self.slides and T == 1 and cache):
             raise ValueError(f"{start + T} tokens do not fit a context of {self.config.block_size}")
         x_BTC = self.token_embedding(idx_BT)
         if self.position_embedding is not None:
-            x_BTC = x_BTC + self.position_embedding.weight[start : start + T]
+            rows = start.position_1 if isinstance(start, Place) else slice(start, start + T)
+            x_BTC = x_BTC + self.position_embedding.weight[rows]
         if (dtype := compute_dtype(x_BTC)) == torch.bfloat16:  # the residual stream too: half the traffic
             x_BTC = x_BTC.to(dtype)
         rotary = None
         if self.rotary_width:
-            positions_T = torch.arange(start, start + T, device=idx_BT.device)
+            if isinstance(start, Place):
+                positions_T = start.position_1
+            else:
+                positions_T = torch.arange(start, start + T, device=idx_BT.device)
             rotary = rotary_table(positions_T, self.rotary_width, self.config.rope_base)
         for i, block in enumerate(self.blocks):
             x_BTC = block(x_BTC, rotary, cache.layers[i] if cache is not None else None, start)
-        if cache is not None:
+        if cache is not None and isinstance(start, int):
             cache.length = start + T
         logits_BTV = self.head(self.norm(x_BTC))
         if self.config.logit_softcap is not None:  # Gemma 2, arXiv:2408.00118
@@ -128,8 +139,39 @@ class GPT(nn.Module):
 
 
 def lm_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Mean cross-entropy in nats per token, computed in float32. Scalar."""
-    return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten())
+    """Mean cross-entropy in nats per token, computed in float32. Scalar.
+
+    Many logits are taken in chunks: float32 copies of all of them, as a vocabulary of 50,000 makes, would be the
+    largest tensors of the whole step.
+    """
+    logits_NV, targets_N = logits_BTV.flatten(0, 1), targets_BT.flatten()
+    if logits_NV.numel() <= WHOLE_LOGITS or not torch.is_grad_enabled():
+        return F.cross_entropy(logits_NV.float(), targets_N)
+    return _ChunkedCrossEntropy.apply(logits_NV, targets_N)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Loss and gradient, (softmax - one-hot) / N, chunk of rows by chunk; what is kept has the logits' dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+        total, gradient_NV = logits_NV.new_zeros((), dtype=torch.float32), torch.empty_like(logits_NV)
+        rows = max(1, WHOLE_LOGITS // logits_NV.shape[1])
+        for logits, targets, gradient in zip(
+            logits_NV.split(rows), targets_N.split(rows), gradient_NV.split(rows), strict=True
+        ):
+            log_probs = logits.float().log_softmax(dim=1)
+            total -= log_probs.gather(1, targets[:, None]).sum()
+            probs = log_probs.exp_().scatter_add_(1, targets[:, None], log_probs.new_full((len(targets), 1), -1.0))
+            gradient.copy_(probs.div_(len(targets_N)))
+        ctx.save_for_backward(gradient_NV)
+        return total / len(targets_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (gradient_NV,) = ctx.saved_tensors
+        return gradient_NV * grad, None
 
 
 def _init_gpt2(module: nn.Module) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from minigpt_cli.core import model as model_module
 from minigpt_cli.core.config import ModelConfig
 from minigpt_cli.core.layers import KVCache, rotary_table, rotate
 from minigpt_cli.core.model import GPT, lm_loss
@@ -352,3 +353,28 @@ def test_one_batch_overfits(options: dict[str, object], tiny: Tiny) -> None:
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.05
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_loss_in_chunks_is_the_loss(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = (torch.randn(3, 5, V, dtype=dtype) * 3).requires_grad_()
+    targets = torch.randint(V, (3, 5))
+    expected = -logits.double().log_softmax(-1).gather(2, targets[:, :, None]).mean()
+    (wanted,) = torch.autograd.grad(2.5 * expected, logits)
+    monkeypatch.setattr(model_module, "WHOLE_LOGITS", rows * V)
+    loss = lm_loss(logits, targets)
+    (found,) = torch.autograd.grad(2.5 * loss, logits)
+    torch.testing.assert_close(loss.double(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-7)
+    with torch.no_grad():
+        torch.testing.assert_close(lm_loss(logits, targets), loss)
+
+
+def test_the_loss_in_chunks_keeps_no_float32_copy_of_large_logits() -> None:
+    """Saved for the backward pass: one tensor in the logits' own dtype, where plain cross-entropy keeps two wider."""
+    logits = torch.randn(2, 300, 30_000, dtype=torch.bfloat16).requires_grad_()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        lm_loss(logits, torch.zeros(2, 300, dtype=torch.long)).backward()
+    assert sum(t.nbytes for t in saved) <= logits.nbytes
