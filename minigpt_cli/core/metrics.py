@@ -57,6 +57,9 @@ class JsonLines(Listener):
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
+    def sample(self, step: int, text: str) -> None:
+        self.log({"step": step, "sample": text})
+
     def saved(self, path: Path, step: int) -> None:
         os.fsync(self._file.fileno())  # the lines before a checkpoint survive what the checkpoint survives
 
@@ -71,7 +74,7 @@ def read_metrics(path: Path) -> list[Record]:
     for line in lines:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)

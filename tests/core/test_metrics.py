@@ -37,6 +37,22 @@ def test_resuming_drops_what_came_after_the_checkpoint_and_a_line_cut_short(tmp_
     assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
 
 
+def test_samples_are_kept_beside_the_numbers_also_when_a_run_is_resumed(run_training: RunTraining) -> None:
+    config = small_config(sample_interval=4, max_iters=12)
+    whole, told, _ = run_training("whole", config)
+    run_training("parts", config, stop_at=9)
+    parts, _, _ = run_training("parts", config, resume=True)
+    for folder in (whole, parts):
+        kept = [(r["step"], r["sample"]) for r in read_metrics(folder.metrics) if "sample" in r]
+        assert kept == list(zip((4, 8, 12), told.samples, strict=True))
+
+
+def test_a_line_nested_too_deeply_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "x": ' + "[" * 100_000 + '\n{"step": 2, "train_loss": 1.0}\n')
+    assert [record["step"] for record in read_metrics(path)] == [2]
+
+
 def test_the_picture_shows_both_curves(tmp_path: Path) -> None:
     lines = [{"step": i, "train_loss": 4 - i / 50} for i in range(100)] + [{"step": 50, "val_loss": 3.1}]
     (tmp_path / "m").write_text("\n".join(map(json.dumps, lines)))
