@@ -34,7 +34,7 @@ def commands() -> list[list[str]]:
 
 @pytest.mark.slow
 def test_every_command_in_the_readme_runs(tmp_path: Path, verse: str) -> None:
-    assert {words[1] for words in commands()} >= {"prepare", "train", "sample", "eval", "bench"}
+    assert {words[1] for words in commands()} >= {"prepare", "train", "sample", "eval", "bench", "inspect"}
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "input.txt").write_text(verse + "ROMEO:")
     (tmp_path / "books").mkdir()
@@ -86,3 +86,7 @@ def test_the_wheel_runs_without_the_repository(tmp_path: Path) -> None:
     shipped = {path.stem for path in (tmp_path / "site" / "minigpt_cli" / "configs").glob("*.yaml")}
     assert shipped == {path.stem for path in (ROOT / "configs").glob("*.yaml")}
     assert (tmp_path / "site" / "minigpt_cli" / "data" / "sources.yaml").is_file()
+    shown = ROOT / "minigpt_cli" / "extras" / "inspect"
+    pieces = {path.relative_to(shown) for kind in ("static/*", "templates/*") for path in shown.glob(kind)}
+    assert len(pieces) > 10
+    assert all((tmp_path / "site" / "minigpt_cli" / "extras" / "inspect" / piece).is_file() for piece in pieces)

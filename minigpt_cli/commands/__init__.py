@@ -12,6 +12,7 @@ from minigpt_cli import __version__
 from minigpt_cli.commands.bench import bench
 from minigpt_cli.commands.console import Debug, error_boundary, make_streams_robust
 from minigpt_cli.commands.eval import evaluate
+from minigpt_cli.commands.inspect import inspect
 from minigpt_cli.commands.prepare import prepare
 from minigpt_cli.commands.sample import sample
 from minigpt_cli.commands.train import train
@@ -59,7 +60,10 @@ def _global_options(
     pass
 
 
-for name, command in (("prepare", prepare), ("train", train), ("sample", sample), ("eval", evaluate), ("bench", bench)):
+for name, command in (
+    ("prepare", prepare), ("train", train), ("sample", sample), ("eval", evaluate), ("bench", bench),
+    ("inspect", inspect),
+):  # fmt: skip
     app.command(name)(command)
 
 
