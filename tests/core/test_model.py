@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode, baddbmm_flop
+from torch.utils.flop_counter import FlopCounterMode, bmm_flop
 
 from minigpt_cli.core import model as model_module
 from minigpt_cli.core.config import ModelConfig
@@ -228,7 +228,14 @@ def test_parameter_counts_are_the_arithmetic_of_the_shape_and_add_up(tie: bool, 
 
 @pytest.mark.parametrize(
     "shape",
-    [{}, {"n_layer": 0}, {"n_layer": 3, "n_head": 4}, {"tie_weights": True}, {"mlp": "gelu", "bias_qkv": True}],
+    [
+        {},
+        {"n_layer": 0},
+        {"n_layer": 3, "n_head": 4},
+        {"tie_weights": True},
+        {"mlp": "gelu", "bias_qkv": True},
+        {"mlp": "swiglu", "position": "rope", "n_kv_head": 1, "qk_norm": True},
+    ],  # fmt: skip
     ids=str,
 )
 def test_flops_per_token_are_what_a_real_step_executes(shape: dict[str, object], tiny: Tiny) -> None:
@@ -239,8 +246,14 @@ def test_flops_per_token_are_what_a_real_step_executes(shape: dict[str, object],
     """
     model = GPT(tiny(n_embd=32, block_size=16, **shape), V)
     ids = torch.randint(V, (3, 17))
-    in_place = {torch.ops.aten.baddbmm_: baddbmm_flop}  # which the counter does not know by itself
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+
+    def in_place(sum_shape: object, a_shape: object, b_shape: object, out_shape: object = None, **_: object) -> int:
+        return int(bmm_flop(a_shape, b_shape))  # the counter does not know baddbmm_ by itself
+
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: in_place}) as counter,
+    ):
         lm_loss(model(ids[:, :-1]), ids[:, 1:]).backward()
     assert model.flops_per_token() == counter.get_total_flops() / (3 * 16)
 
