@@ -235,7 +235,7 @@ def test_parameter_counts_are_the_arithmetic_of_the_shape_and_add_up(tie: bool, 
         {"tie_weights": True},
         {"mlp": "gelu", "bias_qkv": True},
         {"mlp": "swiglu", "position": "rope", "n_kv_head": 1, "qk_norm": True},
-    ],  # fmt: skip
+    ],
     ids=str,
 )
 def test_flops_per_token_are_what_a_real_step_executes(shape: dict[str, object], tiny: Tiny) -> None:
