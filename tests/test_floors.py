@@ -13,12 +13,13 @@ import minigpt_cli
 
 PACKAGE = Path(minigpt_cli.__file__).parent
 FLOORS = [
-    {"errors", "files", "signals"},
+    {"background", "errors", "files", "signals"},
     {"bpe", "folders", "metrics", "plain_yaml", "textfiles"},
-    {"config", "dataset", "tokenizer"},
-    {"corpus", "layers", "optim", "runtime"},
+    {"config", "dataset", "textstream", "tokenizer"},
+    {"corpus", "kernels", "runtime"},
+    {"layers"},
     {"model"},
-    {"checkpoint", "evaluate", "generate"},
+    {"checkpoint", "evaluate", "generate", "optim"},
     {"run"},
     {"train"},
     {"measure", "verdict"},

@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import glob
 import gzip
-import hashlib
 import json
 import os
 import stat
@@ -18,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from minigpt_cli.core.background import Sha256
 from minigpt_cli.core.errors import MinigptError, UserError
 
 BLOCK = 1 << 19  # bytes read at a time: what is made of them stays in the processor's cache
@@ -36,6 +36,7 @@ class TextFile:
         self.is_jsonl = lower.removesuffix(".gz").endswith(".jsonl")
         self.size = path.stat().st_size  # bytes on disk
         self.sha256 = ""  # of the bytes on disk
+        self.text_bytes = 0  # of the text in UTF-8, as far as it was read
         self.has_bom = self.has_crlf = False
         self._identity: tuple[int, ...] | None = None
 
@@ -44,14 +45,15 @@ class TextFile:
 
         UserError where it is not text, with the place. MinigptError where it is not the file it was the last time.
         """
-        with open(self.path, "rb") as raw:
+        self.text_bytes = 0
+        with open(self.path, "rb") as raw, Sha256() as digest:
             self._check_unchanged(raw)
-            reader = _Reader(raw, advance, hashlib.sha256() if not self.sha256 else None)
+            reader = _Reader(raw, advance, None if self.sha256 else digest)
             decoded = self._decoded(gzip.GzipFile(fileobj=reader) if self.is_gzip else reader)  # type: ignore[call-overload]
             yield from self._documents(decoded, text_field) if self.is_jsonl else self._plain(decoded)
             self._check_unchanged(raw)
-            if reader.digest:
-                self.sha256 = reader.digest.hexdigest()
+            if not self.sha256:
+                self.sha256 = digest.hexdigest()
 
     def looks_like_text(self) -> bool:
         """Whether the first bytes are UTF-8 without NUL; how a folder's text is told from its pictures."""
@@ -88,21 +90,22 @@ class TextFile:
             raise UserError(f"{self.name}: a damaged or incomplete gzip file; fetch it or pack it again") from None
 
     def _plain(self, blocks: Iterator[bytes]) -> Iterator[str]:
-        rest, offset = b"", 0
+        rest = b""
         for block in blocks:
             data = rest + block
-            text, used = self._utf8(data, offset, final=False)
-            rest, offset = data[used:], offset + used
+            text, used = self._utf8(data, final=False)
+            rest = data[used:]
+            self.text_bytes += used
             yield text
-        self._utf8(rest, offset, final=True)
+        self._utf8(rest, final=True)
 
-    def _utf8(self, data: bytes, offset: int, *, final: bool) -> tuple[str, int]:
+    def _utf8(self, data: bytes, *, final: bool) -> tuple[str, int]:
         try:
             return codecs.utf_8_decode(data, "strict", final)
         except UnicodeDecodeError as error:
-            where = offset + error.start + (3 if self.has_bom else 0)
+            where = self.text_bytes + error.start + (3 if self.has_bom else 0)
             unpacked = " of the unpacked text" if self.is_gzip else ""
-            hint = _encoding_hint(data if offset == 0 else b"", data[error.start :])
+            hint = _encoding_hint(b"" if self.text_bytes else data, data[error.start :])
             raise UserError(
                 f"{self.name}: not UTF-8 text: byte {where:,}{unpacked} is 0x{data[error.start]:02x}{hint}"
             ) from None
@@ -143,8 +146,9 @@ class TextFile:
             document = json.loads(line)
             text = document[text_field] if isinstance(document, dict) else None
             if isinstance(text, str) and "\0" not in text:
-                text.encode("utf-8")  # half a surrogate pair is legal JSON, and no text
-                return text if text.endswith("\n") else text + "\n"
+                text = text if text.endswith("\n") else text + "\n"
+                self.text_bytes += len(text.encode("utf-8"))  # half a surrogate pair is legal JSON, and no text
+                return text
             problem = f'"{text_field}" is not a text' if isinstance(document, dict) else "not a JSON object"
             problem = "a NUL character in the text" if isinstance(text, str) else problem
         except KeyError:
@@ -160,15 +164,15 @@ class TextFile:
 
 
 class _Reader:
-    """A file being read from start to end: reports progress and, when asked, the checksum of all it gave."""
+    """A file being read from start to end: reports progress and, when asked, hashes all it gave."""
 
-    def __init__(self, raw: IO[bytes], advance: Callable[[int], None], digest: Any) -> None:
-        self._raw, self._advance, self.digest = raw, advance, digest
+    def __init__(self, raw: IO[bytes], advance: Callable[[int], None], digest: Sha256 | None) -> None:
+        self._raw, self._advance, self._digest = raw, advance, digest
 
     def read(self, size: int = -1) -> bytes:
         block = self._raw.read(size)
-        if self.digest:
-            self.digest.update(block)
+        if self._digest:
+            self._digest.update(block)
         self._advance(len(block))
         return block
 

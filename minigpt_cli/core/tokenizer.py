@@ -52,15 +52,15 @@ class Tokenizer(ABC):
         array = np.asarray(ids, dtype=np.int64)
         if array.size and not (array.min() >= 0 and array.max() < self.vocab_size):
             raise ValueError(f"token ids must lie in 0..{self.vocab_size - 1}")
-        return b"".join(map(self._table().__getitem__, array.tolist())).decode("utf-8", errors="replace")
+        return b"".join(self._table()[array]).decode("utf-8", errors="replace")
 
     def last_cut(self, text: str) -> int:
         """The last position at which `text` may be cut in two without changing a token; 0 where there is none."""
         return len(text)
 
-    def _table(self) -> list[bytes]:
+    def _table(self) -> npt.NDArray[np.object_]:
         if not hasattr(self, "_cached_table"):
-            self._cached_table = self.token_bytes()
+            self._cached_table = np.array(self.token_bytes(), dtype=object)
         return self._cached_table
 
 

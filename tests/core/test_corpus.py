@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,7 +21,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minigpt_cli.core import bpe, corpus, textfiles
+from minigpt_cli.core import bpe, corpus, textfiles, textstream
+from minigpt_cli.core.background import Worker
 from minigpt_cli.core.corpus import Report, prepare
 from minigpt_cli.core.dataset import Dataset
 from minigpt_cli.core.errors import MinigptError, UserError
@@ -99,7 +101,7 @@ def test_tiny_chunks_change_nothing(
     normal = prepare(paths, tmp_path / "normal", **options)
     for size in (3, 5, 50):  # a BOM is looked for in the first three bytes
         monkeypatch.setattr(textfiles, "BLOCK", size)
-        monkeypatch.setattr(corpus, "CHUNK", size + 1)
+        monkeypatch.setattr(textstream, "CHUNK", size + 1)
         chunked = prepare(paths, tmp_path / f"chunked{size}", **options)
         assert chunked.meta == normal.meta
 
@@ -111,7 +113,7 @@ def test_bpe_over_chunks_is_bpe_over_the_whole(tmp_path: Path, pieces: list[str]
     path = tmp_path / "input.txt"
     path.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "CHUNK", 7)
+        patch.setattr(textstream, "CHUNK", 7)
         report = prepare([path], tmp_path / "out", tokenizer="bpe", vocab_size=300, force=True)
     tok = from_json(report.meta.tokenizer)
     assert isinstance(tok, BpeTokenizer)
@@ -123,10 +125,10 @@ def test_bpe_over_chunks_is_bpe_over_the_whole(tmp_path: Path, pieces: list[str]
 def test_a_text_without_borders_is_cut_all_the_same(
     tmp_path: Path, text_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus, "CHUNK", 100)
-    monkeypatch.setattr(corpus, "MAX_UNCUT", 1000)
+    monkeypatch.setattr(textstream, "CHUNK", 100)
+    monkeypatch.setattr(textstream, "MAX_UNCUT", 1000)
     assert "".join(texts(make(tmp_path, text_file("   \n" * 5000), tokenizer="bpe"))) == "   \n" * 5000
-    pieces = list(corpus._recut([" " * 100] * 50, lambda text: 0))
+    pieces = list(textstream.recut([" " * 100] * 50, lambda text: 0))
     assert "".join(pieces) == " " * 5000
     assert max(map(len, pieces)) == 1100
 
@@ -220,6 +222,20 @@ def test_gzip_and_jsonl(tmp_path: Path, text_file: Callable[..., Path]) -> None:
         assert report.meta.inputs[0].sha256 == hashlib.sha256(content).hexdigest()
     other = text_file('{"body": "other field, long enough"}\n', "o.jsonl")
     assert "".join(texts(make(tmp_path, other, text_field="body", force=True))) == "other field, long enough\n"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("val_fraction", [0.1, 0.6])
+def test_the_bytes_of_each_split_are_those_of_its_text(
+    tmp_path: Path, text_file: Callable[..., Path], name: str, val_fraction: float
+) -> None:
+    lines = MIXED.splitlines(keepends=True)
+    content = "".join(json.dumps({"text": line}) + "\n" for line in lines) if "jsonl" in name else "\ufeff" + MIXED
+    file = text_file(gzip.compress(content.encode()) if name.endswith("gz") else content, name)
+    report = make(tmp_path, file, text_file(MIXED, "b.txt"), val_fraction=val_fraction)
+    train, val = texts(report)
+    assert train + val == MIXED * 2
+    assert (report.meta.train.bytes, report.meta.val.bytes) == (len(train.encode()), len(val.encode()))
 
 
 def test_bom_crlf_and_lone_cr_are_said_or_kept(tmp_path: Path, text_file: Callable[..., Path]) -> None:
@@ -397,8 +413,10 @@ def test_a_tokenizer_that_loses_text_is_found_out(
 ) -> None:
     table = bpe.token_table
     monkeypatch.setattr(bpe, "token_table", lambda document: [text.lower() for text in table(document)])
-    with pytest.raises(UserError, match="does not give the text back exactly"):
-        make(tmp_path, text_file(PROSE), tokenizer="bpe")
+    for text in (PROSE, PROSE.lower() + "The end"):  # found out in the first piece, or in the last
+        with pytest.raises(UserError, match="does not give the text back exactly"):
+            make(tmp_path, text_file(text), tokenizer="bpe")
+        assert os.listdir(tmp_path) == ["input.txt"]
 
 
 # The folder
@@ -462,16 +480,49 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, text_file: Callable[..., Pa
     assert os.listdir(tmp_path) == ["input.txt"]
 
 
+@pytest.mark.parametrize("where", ["write", "fsync"])
 def test_a_full_disk_is_no_internal_error(
-    tmp_path: Path, text_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, text_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(corpus._Background, "_write", full)
+    if where == "write":
+        monkeypatch.setattr(corpus._SplitWriter, "write", full)
+    else:  # in the thread that sets the disk to work; the fsync of the end still works
+        monkeypatch.setattr(corpus, "FLUSH", 1)
+        monkeypatch.setattr(corpus.os, "fsync", lambda file, real=os.fsync: full() if in_a_thread() else real(file))
     with pytest.raises(OSError, match="No space left"):
         make(tmp_path, text_file(PROSE))
     assert os.listdir(tmp_path) == ["input.txt"]
+
+
+def in_a_thread() -> bool:
+    return threading.current_thread() is not threading.main_thread()
+
+
+def test_the_disk_is_set_to_work_early_and_all_is_on_it_in_the_end(
+    tmp_path: Path, text_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real = text_file(PROSE * 20), os.fsync
+    expected = prepare([path], tmp_path / "expected").meta
+    early: list[bool] = []
+    sizes: list[int] = []
+
+    def fsync(file: int) -> None:
+        early.append(in_a_thread())
+        sizes.append(os.fstat(file).st_size)
+        real(file)
+
+    monkeypatch.setattr(textfiles, "BLOCK", 1000)
+    monkeypatch.setattr(corpus, "FLUSH", 10_000)
+    monkeypatch.setattr(corpus.os, "fsync", fsync)
+    monkeypatch.setattr(Worker, "busy", False)  # else how often depends on how fast the disk is
+    assert make(tmp_path, path).meta == expected
+    assert early.count(True) == 2 * expected.train.tokens // 10_000
+    assert {2 * expected.train.tokens, 2 * expected.val.tokens} <= {
+        size for size, was in zip(sizes, early, strict=True) if not was
+    }
 
 
 def test_a_file_that_changes_between_the_passes(tmp_path: Path, text_file: Callable[..., Path]) -> None:

@@ -217,6 +217,22 @@ def test_long_texts_in_which_cuts_are_rare(trained: BpeTokenizer, text: str) -> 
     assert trained.encode(text).tolist() == whole(trained, text)
 
 
+def test_a_long_text_is_shared_out_to_every_core(trained: BpeTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[list[str]] = []
+
+    class Watched:
+        def encode_batch_fast(self, pieces: list[str], **options: Any) -> Any:
+            batches.append(pieces)
+            return rust.encode_batch_fast(pieces, **options)
+
+    rust, text = trained._rust, PROSE * 100
+    monkeypatch.setattr(trained, "_rust", Watched())
+    assert trained.encode(text).tolist() == rust.encode(text, add_special_tokens=False).ids
+    [pieces] = batches  # one call, in which the library may use all cores
+    assert len(pieces) >= len(text) // 20_000
+    assert max(map(len, pieces)) < 20_000
+
+
 def test_the_last_border_may_lie_far_back() -> None:
     assert bpe.last_border("one two\n" + "x" * 40_000) == 7
     assert bpe.last_border(" \n" * 40_000) == 0
