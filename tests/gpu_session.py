@@ -25,14 +25,17 @@ def parts(out: Path, text: str | None) -> dict[str, list[str]]:
     """Name -> command, the most wanted first: the time may run out."""
     data = ["--set", f"data.path={out / 'data'}"]
     bench = [*MINIGPT, "bench", "--json", "--config", "gpt", "--device", "cuda"]
+    many = ["--streams", "256", "--tokens", "1000", "--set", "runtime.compile=false"]
     commands = {
         "nvidia-smi": ["nvidia-smi"],
         "tests: cuda": [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider"],
-        "bench: gpt eager": [*bench, "--set", "runtime.compile=false"],
+        "bench: gpt eager, naive": [*bench, "--set", "runtime.compile=false", "--baseline", "naive"],
+        "bench: gpt eager, hf": [*bench, "--set", "runtime.compile=false", "--baseline", "hf"],
         "bench: gpt compiled": [*bench, "--set", "runtime.compile=true"],
         "bench: gpt fp32 eager": [*bench, "--set", "runtime.compile=false", "--set", "runtime.precision=fp32"],
         "bench: 16 streams": [*bench, "--streams", "16", "--tokens", "1000", "--set", "runtime.compile=false"],
-        "bench: 256 streams": [*bench, "--streams", "256", "--tokens", "1000", "--set", "runtime.compile=false"],
+        "bench: 256 streams, naive": [*bench, *many, "--baseline", "naive", "--seconds", "60"],
+        "bench: 256 streams, hf": [*bench, *many, "--baseline", "hf"],
     }
     if text is not None:
         commands |= {

@@ -24,6 +24,14 @@ def bench(
     seconds: Annotated[
         float, typer.Option("--seconds", min=0, help="Time for each of the two measurements, at most.")
     ] = 20,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--baseline",
+            metavar="NAME",
+            help="Compare with naive (the seed's way, from the repository) or hf (transformers' GPT-2). Repeatable.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = None,
     debug: Debug = False,
@@ -33,8 +41,12 @@ def bench(
     Uses the config's dataset where it is prepared, random tokens of 65 kinds where it is not. The median step counts;
     the first, cold step is given apart. Close other programs: they cost more than you think.
 
+    With --baseline ours and the other take turns, one training step or one text each, and the medians are compared.
+    Within its context only for hf, which goes no further. On a CPU take a small batch: the naive model is slow.
+
     Example: minigpt bench --config gpt --set train.batch_size=8 --json
     """
+    from dataclasses import asdict
     from pathlib import Path
 
     import torch
@@ -43,9 +55,12 @@ def bench(
     from minigpt_cli.core.dataset import Dataset, require_known_tokens, require_window
     from minigpt_cli.core.measure import measure_decoding, measure_training, random_tokens
     from minigpt_cli.core.model import GPT
-    from minigpt_cli.core.runtime import choose_runtime, describe_device
+    from minigpt_cli.core.runtime import choose_decoding_runtime, choose_runtime, describe_device
     from minigpt_cli.core.tokenizer import from_json
+    from minigpt_cli.extras.baselines import race, require
 
+    names = [name.strip() for text in baseline or [] for name in text.split(",")]
+    require(names)
     overrides = [parse_override(text) for text in settings or []]
     overrides += [("runtime.device", device)] if device is not None else []
     chosen = load_config(config, overrides)
@@ -59,19 +74,28 @@ def bench(
         data = random_tokens(max(1_000_000, 2 * chosen.model.block_size), vocab_size)
     require_window(data, chosen.model.block_size)
     require_known_tokens(data, vocab_size, Path(chosen.data.path))
+    parameters = GPT(chosen.model, vocab_size).parameter_counts()["total"]
+    decoder = choose_decoding_runtime(chosen.runtime, parameters)
     for line in runtime.notes:
         note(line)
     training = measure_training(chosen, data, vocab_size, runtime, steps=steps, max_seconds=seconds)
-    decoding = measure_decoding(chosen, vocab_size, runtime, streams=streams, tokens=tokens, max_seconds=seconds)
+    decoding = measure_decoding(chosen, vocab_size, decoder, streams=streams, tokens=tokens, max_seconds=seconds)
+    baselines: dict[str, Any] = {}
+    if names:
+        races = race(
+            names, chosen, data, vocab_size, runtime, decoder,
+            steps=steps, streams=streams, tokens=tokens, max_seconds=seconds,
+        )  # fmt: skip
+        baselines = {name: asdict(against) for name, against in races.items()}
     result: dict[str, Any] = {
         "train_tokens_per_second": training.tokens_per_second, "decode_tokens_per_second": decoding,
         "peak_memory_bytes": training.peak_memory_bytes,
-        "parameters": GPT(chosen.model, vocab_size).parameter_counts()["total"],
+        "parameters": parameters,
         "step_seconds": training.step_seconds, "first_step_seconds": training.first_step_seconds,
         "flops_utilisation": training.flops_utilisation, "decode_streams": streams, "data": corpus,
-        "device": describe_device(runtime.device), "precision": runtime.precision, "compiled": runtime.compile,
-        "torch": torch.__version__,
-    }  # fmt: skip
+        "device": describe_device(runtime.device), "precision": runtime.precision,
+        "decode_precision": decoder.precision, "compiled": runtime.compile, "torch": torch.__version__,
+    } | ({"baselines": baselines} if baselines else {})  # fmt: skip
     if as_json:
         print(json.dumps(result))
         return
@@ -79,11 +103,17 @@ def bench(
     rows_shown = [
         ("training", f"{training.tokens_per_second:,.0f} tokens/s"),
         ("one step", f"{training.step_seconds * 1e3:,.1f} ms (the first, cold: {training.first_step_seconds:,.1f} s)"),
-        ("decoding", f"{decoding:,.0f} tokens/s ({streams} stream{'s' if streams > 1 else ''})"),
+        ("decoding", f"{decoding:,.0f} tokens/s ({streams} stream{'s' if streams > 1 else ''}, {decoder.precision})"),
         ("peak memory", size(training.peak_memory_bytes)),
         ("model FLOPs utilisation", f"{mfu:.1%}" if mfu is not None else "unknown: no data-sheet peak for this device"),
         ("parameters", f"{result['parameters']:,}"),
         ("data", corpus),
         ("device", f"{result['device']}, {runtime.precision}{', compiled' if runtime.compile else ''}"),
     ]
+    for name, race_ in baselines.items():
+        rows_shown += [
+            (f"against {name}", race_["what"]),
+            ("  its training", f"{race_['train_tokens_per_second']:,.0f} tokens/s; ours {race_['train_ratio']:.2f}x"),
+            ("  its decoding", f"{race_['decode_tokens_per_second']:,.0f} tokens/s; ours {race_['decode_ratio']:.1f}x"),
+        ]
     print_table(f"bench {config}", rows_shown)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,6 +54,9 @@ def sample(
         bool, typer.Option("--raw", help="Print control characters as they are, instead of spelled out.")
     ] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    precision: Annotated[
+        str, typer.Option("--precision", help="auto, fp32 or bf16: auto takes the faster, and says so if it is bf16.")
+    ] = "auto",
     debug: Debug = False,
 ) -> None:
     """Write text with a trained model.
@@ -70,12 +74,13 @@ def sample(
 
     from minigpt_cli.core.checkpoint import load
     from minigpt_cli.core.config import RuntimeConfig, parse_section
-    from minigpt_cli.core.generate import Sampling, generate
-    from minigpt_cli.core.runtime import choose_runtime
+    from minigpt_cli.core.generate import Sampling, for_decoding, generate, read_back
+    from minigpt_cli.core.runtime import choose_decoding_runtime
 
-    runtime = choose_runtime(
-        parse_section(RuntimeConfig, {"device": device, "precision": "fp32"}, "--device"), width=1, rows=1
-    )
+    if show_probs and precision == "auto":
+        precision = "fp32"  # whoever reads every number wants exact ones, and reads slowly
+    asked = parse_section(RuntimeConfig, {"device": device, "precision": precision}, "sample")
+    choose_decoding_runtime(asked, 0)  # a device that is not there is said before a large file is read
     checkpoint = load(ckpt, weights_only=True)
     tokenizer = checkpoint.tokenizer
     ids: list[int] = tokenizer.encode(prompt).tolist() if prompt else []
@@ -84,18 +89,24 @@ def sample(
         note(f"the prompt has {len(ids):,} tokens and the context {window:,}: only its newest {window:,} count")
     if top_k is not None and top_k > tokenizer.vocab_size:
         note(f"--top-k {top_k} is more than the vocabulary: all {tokenizer.vocab_size} tokens are allowed")
-    model = checkpoint.model(runtime.device)
+    model = checkpoint.model()
+    runtime = choose_decoding_runtime(asked, model.parameter_counts()["total"])
+    for line in runtime.notes:
+        if line.startswith("precision"):
+            note(line)
+    model = for_decoding(model.to(runtime.device), runtime)
     prompt_BP = torch.tensor([ids or [0]], device=runtime.device).expand(num_samples, -1)
     generator = torch.Generator(runtime.device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
     stream = generate(
-        model, prompt_BP, tokens, Sampling(temperature, top_k, top_p), generator=generator, exact_window=exact_window
-    )
+        model, prompt_BP, tokens, Sampling(temperature, top_k, top_p), generator=generator, exact_window=exact_window,
+        record=runtime.record if runtime.records else None, note=note,
+    )  # fmt: skip
     try:
         if show_probs:
             _print_probabilities(stream, tokenizer, prompt or "", stop)
         else:
-            _print_texts(stream, tokenizer, prompt or "", stop, raw, num_samples)
+            _print_texts(read_back(stream, runtime.read_every), tokenizer, prompt or "", stop, raw, num_samples)
     except KeyboardInterrupt:  # what is written is written
         raise typer.Exit(130) from None
 
@@ -171,13 +182,15 @@ class _Text:
             self._held, self.ended = self._held[: self._held.index(self._stop)], True
 
 
-def _print_texts(stream: Any, tokenizer: Tokenizer, prompt: str, stop: str | None, raw: bool, count: int) -> None:
+def _print_texts(
+    stream: Iterator[list[int]], tokenizer: Tokenizer, prompt: str, stop: str | None, raw: bool, count: int
+) -> None:
     """The first text as it grows; the others, made beside it, when all are done."""
     texts = [_Text(tokenizer, stop) for _ in range(count)]
     try:
         _write(prompt, raw)
-        for ids_B, _ in stream:
-            for text, token in zip(texts, ids_B.tolist(), strict=True):
+        for ids in stream:
+            for text, token in zip(texts, ids, strict=True):
                 text.add(token)
             _write(texts[0].take(), raw)
             if all(text.ended for text in texts):

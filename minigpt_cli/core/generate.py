@@ -5,16 +5,25 @@ Shapes: B samples side by side, P prompt, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minigpt_cli.core.errors import MinigptError
-from minigpt_cli.core.layers import KVCache, compute_dtype
+from minigpt_cli.core.layers import KVCache, Place, RowLinear, compute_dtype
 from minigpt_cli.core.model import GPT
+from minigpt_cli.core.runtime import DTYPES, Runtime, ThreadChoice, first_line
 
+Record = Callable[[Callable[[], None]], Callable[[], None]]  # work -> what does that work again
+
+CHECK_EVERY = 32  # tokens, on a GPU: until then nobody waits for it
+ONE_THREAD_PARAMETERS = 32_000_000  # up to here one CPU thread decodes a float32 stream about as fast as several
+MAX_PIECES = 4  # of a product, for so many threads: each piece is one more rounding
+WARM_UP = 3  # tokens before the first recording: libraries prepare themselves at a first call
 GREEDY_BELOW = 1e-5  # a temperature under this is greedy: dividing by it would overflow
 
 
@@ -31,6 +40,7 @@ class Sampling:
 def generate(
     model: GPT, prompt_BP: Tensor, n_tokens: int, sampling: Sampling, *,
     generator: torch.Generator | None = None, exact_window: bool = False,
+    record: Record | None = None, note: Callable[[str], None] = lambda message: None,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Yield `n_tokens` times (ids (B,), the logits (B, V) they were chosen from), extending `prompt_BP` (P >= 1).
 
@@ -38,31 +48,100 @@ def generate(
     takes the oldest's place in the cache, whose keys and values still know of what came before them. Learned positions
     cannot slide: the newest half is kept and prefilled again. `exact_window` instead recomputes the newest `block_size`
     tokens for every token, as the seed does: slower, and each token sees exactly the longest context it can.
+
+    What is yielded stays on the device, and nothing here waits for a GPU except, now and then, to see that all is well:
+    raises MinigptError when logits are not finite, on a GPU up to `CHECK_EVERY` tokens late. `record` makes work
+    replayable (`Runtime.record`); where that fails, `note` is told and decoding goes on without.
     """
     model.eval()
     window = model.config.block_size
-    context_BT = prompt_BP[:, -window:]
     weight = model.token_embedding.weight
     cache = KVCache(prompt_BP.shape[0], model.config, weight.device, compute_dtype(weight))
-    new_BT = context_BT
-    for _ in range(n_tokens):
+    new_BT = prompt_BP[:, -window:]
+    context = deque(new_BT.split(1, dim=1), maxlen=window)  # the newest tokens, one (B, 1) each
+    recorded = RecordedStep(model, cache, prompt_BP.shape[0], record) if record else None
+    threads = ThreadChoice(_thread_numbers(model, prompt_BP))
+    finite = torch.ones((), dtype=torch.bool, device=weight.device)
+    for n in range(1, n_tokens + 1):
         if cache.length + new_BT.shape[1] > window and (exact_window or not model.slides):
             cache.clear()
-            new_BT = context_BT[:, -window:] if exact_window else context_BT[:, -max(1, window // 2) :]
-        logits_BV = model(new_BT, cache)[:, -1].float()
+            kept = window if exact_window else max(1, window // 2)
+            new_BT = torch.cat(list(context)[-kept:], dim=1)
+        single = new_BT.shape[1] == 1
+        logits_BV = None
+        if recorded and single and n > WARM_UP:
+            try:
+                logits_BV = recorded(new_BT)
+            except RuntimeError as error:
+                recorded = None
+                note(f"CUDA graph: failed, going on without it ({first_line(error)})")
+        if logits_BV is None:
+            with threads.step() if single else contextlib.nullcontext():
+                logits_BV = model(new_BT, cache)[:, -1].float()
+        finite = finite & torch.isfinite(logits_BV).all()
+        if (weight.is_cpu or n % CHECK_EVERY == 0 or n == n_tokens) and not finite:
+            raise MinigptError("the model's output is not finite: its weights are damaged, or training diverged")
         ids_B = choose(logits_BV, sampling, generator)
         yield ids_B, logits_BV
         new_BT = ids_B[:, None]
-        context_BT = torch.cat([context_BT[:, -(window - 1) :] if window > 1 else context_BT[:, :0], new_BT], dim=1)
+        context.append(new_BT)
+
+
+def read_back(steps: Iterator[tuple[Tensor, Tensor]], every: int) -> Iterator[list[int]]:
+    """The ids of each step of `generate` as numbers, B of them. The host waits for the device once in `every` steps."""
+    waiting: list[Tensor] = []
+    for ids_B, _ in steps:
+        waiting.append(ids_B)
+        if len(waiting) == every:
+            yield from torch.stack(waiting).tolist()
+            waiting = []
+    if waiting:
+        yield from torch.stack(waiting).tolist()
+
+
+class RecordedStep:
+    """One token more for each stream, as work on tensors that stay in place, which a GPU replays by itself.
+
+    Attention looks at the cache's first 64, 128, 256, ... slots, with a recording for each, but not at empty ones.
+    """
+
+    def __init__(self, model: GPT, cache: KVCache, streams: int, record: Record) -> None:
+        device = model.token_embedding.weight.device
+        self.model, self.cache, self.record = model, cache, record
+        self.ids_B1 = torch.zeros(streams, 1, dtype=torch.long, device=device)
+        self.position_1 = torch.zeros(1, dtype=torch.long, device=device)
+        self.logits_BV = torch.zeros(streams, model.vocab_size, device=device)
+        self.replays: dict[int, Callable[[], None]] = {}
+
+    def __call__(self, ids_B1: Tensor) -> Tensor:
+        """What the model makes of these ids: logits (B, V). The cache grows by one token."""
+        reach = min(self.model.config.block_size, max(64, 1 << self.cache.length.bit_length()))
+        if reach not in self.replays:
+            self.replays[reach] = self.record(lambda: self._work(reach))
+        self.ids_B1.copy_(ids_B1)
+        self.position_1.fill_(self.cache.length)
+        self.replays[reach]()
+        self.cache.length += 1
+        return self.logits_BV.clone()
+
+    def _work(self, reach: int) -> None:
+        filled_1S = torch.arange(reach, device=self.ids_B1.device)[None] <= self.position_1
+        self.cache.place = Place(self.position_1, filled_1S)
+        try:
+            self.logits_BV.copy_(self.model(self.ids_B1, self.cache)[:, -1])
+        finally:
+            self.cache.place = None
 
 
 def choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
-    """One id per row, (B,), from softmax(logits / temperature) after top-k and top-p (nucleus: arXiv:1904.09751)."""
+    """One id per row, (B,), from softmax(logits / temperature) after top-k and top-p (nucleus: arXiv:1904.09751).
+
+    Plain device code: nothing is read back, so nothing is checked. Logits must be finite.
+    """
     if sampling.temperature < GREEDY_BELOW:
         return logits_BV.argmax(dim=-1)
-    if not torch.isfinite(logits_BV).all():
-        raise MinigptError("the model's output is not finite: its weights are damaged, or training diverged")
-    logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / sampling.temperature
+    if sampling.temperature != 1:
+        logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
         weakest = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < weakest, float("-inf"))
@@ -71,4 +150,30 @@ def choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator | N
         sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True)
         beyond = sorted_BV.cumsum(dim=-1) - sorted_BV >= sampling.top_p  # never true of the likeliest
         probs_BV = torch.zeros_like(probs_BV).scatter(-1, order_BV, sorted_BV.masked_fill(beyond, 0.0))
-    return torch.multinomial(probs_BV, 1, generator=generator).squeeze(-1)
+    # The first of several clocks to ring, each at its own rate: torch.multinomial's draws, without its checks.
+    return (probs_BV / torch.empty_like(probs_BV).exponential_(generator=generator)).argmax(dim=-1)
+
+
+def for_decoding(model: GPT, runtime: Runtime) -> GPT:
+    """Change `model` in place to what decodes fastest in the precision of `runtime`, and return it. Not to be trained.
+
+    Weights are cast once, not at every token, and on a CPU get the layout that is read fastest.
+    """
+    if runtime.precision == "fp32":
+        return model
+    model.to(DTYPES[runtime.precision])
+    linears = [(module, name, child) for module in model.modules() for name, child in module.named_children()
+               if isinstance(child, nn.Linear) and runtime.device.type == "cpu"]  # fmt: skip
+    for module, name, linear in linears:
+        setattr(module, name, RowLinear(linear, min(torch.get_num_threads(), MAX_PIECES)))
+    return model
+
+
+def _thread_numbers(model: GPT, prompt_BP: Tensor) -> Sequence[int]:
+    """With which numbers of CPU threads a single token may be computed: that must not change what comes out."""
+    every = torch.get_num_threads()
+    if not prompt_BP.is_cpu or len(prompt_BP) > 1:
+        return (every,)
+    if isinstance(model.head, RowLinear):
+        return (1, every)
+    return (1,) if sum(p.numel() for p in model.parameters()) <= ONE_THREAD_PARAMETERS else (every,)

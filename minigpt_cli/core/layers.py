@@ -5,6 +5,9 @@ Shapes: B batch, T time (new tokens), S slots of the cache, C width, H heads, D 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +18,14 @@ from minigpt_cli.core.config import ModelConfig
 Rotary = tuple[Tensor, Tensor]  # cosines and signed sines of each position's angles, (T, D) both
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where one new token goes when only the device knows, so that the step is the same work at every position."""
+
+    position: Tensor  # (1,), from 0
+    filled: Tensor  # (1, S): which of the cache's first S slots hold a token by then
+
+
 class LayerCache:
     """One layer's keys and values of the tokens so far, in buffers of a fixed size: k, v (B, H, block_size, D)."""
 
@@ -23,17 +34,22 @@ class LayerCache:
         self.k_BHSD = torch.zeros(shape, device=device, dtype=dtype)
         self.v_BHSD = torch.zeros(shape, device=device, dtype=dtype)
 
-    def append(self, start: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, start: int | Place, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
         """Write the new tokens' keys and values behind `start` others; return views of all that are kept.
 
         A ring: once it is full, each new token takes the place of the oldest.
         """
         size, T = self.k_BHSD.shape[2], k_BHTD.shape[2]
+        if isinstance(start, Place):
+            slot_1, reach = start.position % size, start.filled.shape[1]
+            self.k_BHSD.index_copy_(2, slot_1, k_BHTD.to(self.k_BHSD.dtype))
+            self.v_BHSD.index_copy_(2, slot_1, v_BHTD.to(self.v_BHSD.dtype))
+            return self.k_BHSD.narrow(2, 0, reach), self.v_BHSD.narrow(2, 0, reach)
         slot = start % size
-        self.k_BHSD[:, :, slot : slot + T] = k_BHTD
-        self.v_BHSD[:, :, slot : slot + T] = v_BHTD
+        self.k_BHSD.narrow(2, slot, T).copy_(k_BHTD)
+        self.v_BHSD.narrow(2, slot, T).copy_(v_BHTD)
         filled = min(start + T, size)
-        return self.k_BHSD[:, :, :filled], self.v_BHSD[:, :, :filled]
+        return self.k_BHSD.narrow(2, 0, filled), self.v_BHSD.narrow(2, 0, filled)
 
 
 class KVCache:
@@ -42,6 +58,7 @@ class KVCache:
     def __init__(self, batch: int, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.layers = [LayerCache(batch, config, device, dtype) for _ in range(config.n_layer)]
         self.length = 0  # tokens it has been given; `GPT.forward` moves it on
+        self.place: Place | None = None  # counts instead of `length` where it is set, and is not moved on
 
     def clear(self) -> None:
         """Forget everything. The buffers stay: what lies beyond `length` is never read."""
@@ -60,31 +77,64 @@ class Attention(nn.Module):
         self.head_width = D = config.n_embd // config.n_head
         self.rows = (self.n_head * D, self.n_kv_head * D, self.n_kv_head * D)  # of q, k, v; each head by head
         self.qkv = nn.Linear(config.n_embd, sum(self.rows), bias=config.bias_qkv)
-        self.norm_q = make_norm(config, D) if config.qk_norm else nn.Identity()
-        self.norm_k = make_norm(config, D) if config.qk_norm else nn.Identity()
+        self.norm_q = make_norm(config, D) if config.qk_norm else None
+        self.norm_k = make_norm(config, D) if config.qk_norm else None
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.dropout_attn = _or_default(config.dropout_attn, config)
         self.dropout = Dropout(_or_default(config.dropout_proj, config))
 
     def forward(
-        self, x_BTC: Tensor, rotary: Rotary | None = None, cache: LayerCache | None = None, start: int = 0
+        self, x_BTC: Tensor, rotary: Rotary | None = None, cache: LayerCache | None = None, start: int | Place = 0
     ) -> Tensor:
         """`start` is how many tokens came before in the cache. Returns (B, T, C)."""
         B, T, C = x_BTC.shape
-        q, k, v = (part.view(B, T, -1, self.head_width) for part in self.qkv(x_BTC).split(self.rows, dim=-1))
-        q, k, v = (part.transpose(1, 2) for part in (self.norm_q(q), self.norm_k(k), v))  # each (B, H, T, D)
+        heads = self.qkv(x_BTC).view(B, T, -1, self.head_width).transpose(1, 2)
+        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)  # each (B, H, T, D)
+        if self.norm_q is not None and self.norm_k is not None:
+            q, k = self.norm_q(q), self.norm_k(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
             k, v = cache.append(start, k, v)
             q = q.to(k.dtype)
-        if start and T > 1:  # several new tokens behind a cached past: each sees the past, itself and no later one
+        mask = None
+        if isinstance(start, Place):
+            mask = start.filled
+        elif start and T > 1:  # several new tokens behind a cached past: each sees the past, itself and no later one
             mask = torch.ones(T, start + T, dtype=torch.bool, device=x_BTC.device).tril(start)
+        if mask is not None:
             grouped = self.n_kv_head < self.n_head
             y_BHTD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
         else:
             y_BHTD = kernels.causal_attention(q, k, v, self.dropout_attn if self.training else 0.0)
         return self.dropout(self.proj(y_BHTD.transpose(1, 2).reshape(B, T, C)))
+
+
+class RowLinear(nn.Module):
+    """A Linear for decoding one stream on a CPU: its matrix transposed, in bf16. (..., I) -> (..., O). Not trainable.
+
+    A product with one row takes as long as reading the matrix, so half the bytes should be half the time, and with
+    PyTorch's bf16 product they are not. But a row times a matrix is the sum of the matrix's rows, weighted: that is an
+    embedding bag, which reads 16 bits at the speed of memory and adds in float32. Measured in docs/benchmarks.md.
+
+    The rows are summed in `pieces`, each by a thread if there are so many; the result does not depend on how many.
+    """
+
+    def __init__(self, linear: nn.Linear, pieces: int) -> None:
+        super().__init__()
+        self.weight_IO = linear.weight.detach().t().to(torch.bfloat16).contiguous()
+        self.bias = None if linear.bias is None else linear.bias.detach().to(torch.bfloat16)
+        self.every_row = torch.arange(linear.in_features)
+        self.begin_P = torch.arange(pieces) * linear.in_features // pieces
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() != x.shape[-1]:
+            return F.linear(x, self.weight_IO.t(), self.bias)
+        y_PO = F.embedding_bag(
+            self.every_row, self.weight_IO, self.begin_P, mode="sum", per_sample_weights=x.reshape(-1)
+        )
+        parts = y_PO.unbind() if self.bias is None else (self.bias, *y_PO.unbind())
+        return reduce(torch.add, parts).view(*x.shape[:-1], -1)
 
 
 def rotary_table(positions_T: Tensor, head_width: int, base: float) -> Rotary:

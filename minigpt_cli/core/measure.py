@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minigpt_cli.core.config import Config
 from minigpt_cli.core.dataset import Batches, Tokens
-from minigpt_cli.core.generate import Sampling, generate
+from minigpt_cli.core.generate import Sampling, for_decoding, generate, read_back
 from minigpt_cli.core.model import GPT, lm_loss
 from minigpt_cli.core.optim import make_optimizer
 from minigpt_cli.core.runtime import Runtime, memory_advice, peak_flops, peak_memory_bytes, seed_everything
@@ -71,14 +71,15 @@ def measure_training(
 def measure_decoding(
     config: Config, vocab_size: int, runtime: Runtime, *, streams: int, tokens: int, max_seconds: float
 ) -> float:
-    """Tokens per second, over all streams, of a fresh model sampling from a one-token prompt."""
-    model = GPT(config.model, vocab_size).to(runtime.device)
+    """Tokens per second, over all streams, of a fresh model sampling from a one-token prompt, as `sample` does."""
+    model = for_decoding(GPT(config.model, vocab_size).to(runtime.device), runtime)
     prompt = torch.zeros(streams, 1, dtype=torch.long, device=runtime.device)
     for _ in generate(model, prompt, 4, Sampling()):  # warm up
         pass
     runtime.synchronize()
     start, made = time.perf_counter(), 0
-    for _ in generate(model, prompt, tokens, Sampling()):
+    record = runtime.record if runtime.records else None
+    for _ in read_back(generate(model, prompt, tokens, Sampling(), record=record), runtime.read_every):
         made += 1
         if time.perf_counter() - start > max_seconds:
             break

@@ -85,14 +85,14 @@ class GPT(nn.Module):
             raise ValueError(f"{start + T} tokens do not fit a context of {self.config.block_size}")
         x_BTC = self.token_embedding(idx_BT)
         if self.position_embedding is not None:
-            rows = start.position_1 if isinstance(start, Place) else slice(start, start + T)
+            rows = start.position if isinstance(start, Place) else slice(start, start + T)
             x_BTC = x_BTC + self.position_embedding.weight[rows]
         if (dtype := compute_dtype(x_BTC)) == torch.bfloat16:  # the residual stream too: half the traffic
             x_BTC = x_BTC.to(dtype)
         rotary = None
         if self.rotary_width:
             if isinstance(start, Place):
-                positions_T = start.position_1
+                positions_T = start.position
             else:
                 positions_T = torch.arange(start, start + T, device=idx_BT.device)
             rotary = rotary_table(positions_T, self.rotary_width, self.config.rope_base)

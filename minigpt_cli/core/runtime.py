@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,6 @@ from minigpt_cli.core.errors import MinigptError, UserError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 COMPILE_PAYS_FROM = 120.0  # seconds of training without it
-ONE_THREAD_PARAMETERS = 32_000_000  # up to here a single stream is decoded by one CPU thread
 HALF_FROM_PARAMETERS = 1_000_000  # from here on reading weights, not calling operators, is what decoding waits for
 
 # Dense bf16 (fp16 where there is none) tensor-core TFLOP/s by the vendors' data sheets, for model FLOPs utilisation.
@@ -95,6 +94,11 @@ class Runtime:
         """Whether work can be recorded and replayed here."""
         return self.device.type == "cuda"
 
+    @property
+    def read_every(self) -> int:
+        """How many sampled tokens to read back at once, where reading one means waiting for all that was asked for."""
+        return 16 if self.device.type == "cuda" else 1
+
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """What does `work` again on the same tensors: a CUDA graph, one launch for hundreds. Does not do it yet."""
         graph = torch.cuda.CUDAGraph()
@@ -162,8 +166,7 @@ def choose_decoding_runtime(config: RuntimeConfig, n_parameters: int) -> Runtime
     elif device.type == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     else:
-        small, large = n_parameters < HALF_FROM_PARAMETERS, n_parameters > ONE_THREAD_PARAMETERS
-        precision = "bf16" if _cpu_has_bf16(device) and not (small or large) else "fp32"
+        precision = "bf16" if _cpu_has_bf16(device) and n_parameters >= HALF_FROM_PARAMETERS else "fp32"
     if config.precision == "auto" and precision == "bf16":
         notes.append("precision: bf16, weights of half the size are read in half the time")
     return Runtime(device, precision, False, tuple(notes))
@@ -191,14 +194,35 @@ def memory_advice(config: TrainConfig, device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def cpu_threads(n: int | None) -> Iterator[None]:
-    """Compute with `n` threads inside the block; None changes nothing. Switching takes no time worth counting."""
+def cpu_threads(n: int) -> Iterator[None]:
+    """Compute with `n` threads inside the block. Switching takes no time worth counting."""
     before = torch.get_num_threads()
-    torch.set_num_threads(before if n is None else n)
+    torch.set_num_threads(n)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+class ThreadChoice:
+    """How many CPU threads a short step, taken over and over, is given: the number that was fastest when last tried.
+
+    Threads that meet after every operator are a gain where cores are free, and take ten times as long where another
+    program keeps one busy; and that changes. What is remembered of the slower fades, so that it gets another try.
+    """
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self.seconds = dict.fromkeys(numbers, 0.0)  # of the last step with each; 0 has not been tried
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        n = min(self.seconds, key=lambda number: self.seconds[number])
+        start = time.perf_counter()
+        with cpu_threads(n):
+            yield
+        took, before = time.perf_counter() - start, self.seconds[n]
+        self.seconds = {number: 0.99 * seconds for number, seconds in self.seconds.items()}
+        self.seconds[n] = min(took, 4 * before) if before else took  # one bad moment is not held against it for long
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -56,6 +56,25 @@ def test_greedy_text_is_the_same_every_time(here: Path) -> None:
     assert text_of(sample("--top-k", 1, "--tokens", 60, "--prompt", "the ")) in texts
 
 
+def test_bf16_is_said_and_the_text_is_much_the_same(here: Path) -> None:
+    exact = text_of(sample("--precision", "fp32", "--temperature", 0, "--tokens", 12, "--prompt", "the king and "))
+    rough = text_of(sample("--precision", "bf16", "--temperature", 0, "--tokens", 12, "--prompt", "the king and "))
+    assert rough[:16] == exact[:16]
+    assert text_of(sample("--precision", "bf16", "--seed", 5)) == text_of(sample("--precision", "bf16", "--seed", 5))
+
+
+def test_a_model_that_gains_from_bf16_gets_it_and_stderr_says_so(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minigpt_cli.core.runtime.HALF_FROM_PARAMETERS", 100)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    done = sample("--seed", 5)
+    assert (done.code, done.err) == (0, "precision: bf16, weights of half the size are read in half the time\n")
+    assert done.out == text_of(sample("--seed", 5, "--precision", "bf16"))
+    assert sample("--seed", 5).out == done.out
+    assert text_of(sample("--show-probs", "--seed", 5)) == text_of(
+        sample("--show-probs", "--seed", 5, "--precision", "fp32")
+    )
+
+
 def test_a_seed_repeats_the_text_and_without_one_it_is_new(here: Path) -> None:
     assert text_of(sample("--seed", 5)) == text_of(sample("--seed", 5))
     assert text_of(sample("--seed", 5)) != text_of(sample("--seed", 6))
@@ -100,6 +119,9 @@ def test_the_prompt_from_a_file_or_from_stdin(here: Path) -> None:
         (["--prompt", "the kıng!"], "not in the vocabulary of 26 characters: '!' (U+0021), 'ı' (U+0131)"),
         (["--prompt", "\x1b[2J"], "U+001B"),
         (["--device", "cuda:99"], "device cuda:99 was asked for"),
+        (["--device", "gpu"], "sample: device: should be auto, cpu, cuda, cuda:N or mps, not 'gpu'"),
+        (["--precision", "int8"], "sample: precision: should be 'auto', 'fp32', 'bf16' or 'fp16', not 'int8'"),
+        (["--device", "cpu", "--precision", "fp16"], "precision fp16 needs a GPU; on a CPU use bf16 or fp32"),
     ],
 )
 def test_arguments_that_are_wrong(here: Path, arguments: list[str], message: str) -> None:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minigpt_cli.core.config import ModelConfig
 from minigpt_cli.core.errors import MinigptError
-from minigpt_cli.core.generate import Sampling, choose, generate
+from minigpt_cli.core.generate import RecordedStep, Sampling, choose, for_decoding, generate, read_back
+from minigpt_cli.core.layers import KVCache, RowLinear
 from minigpt_cli.core.model import GPT
+from minigpt_cli.core.runtime import Runtime, cpu_threads
 from oracle.generate import crop_and_recompute, keep_half_and_recompute
 from oracle.weights import naive_twin
 
 Tiny = Callable[..., ModelConfig]
 V = 11
+BF16 = Runtime(torch.device("cpu"), "bf16", compile=False)
 GREEDY = Sampling(temperature=0.0)
 
 
@@ -210,9 +214,187 @@ def test_logits_as_large_as_float32_holds_do_not_overflow() -> None:
     assert choose(logits, Sampling(1e-5), seeded(0)).item() == 1
 
 
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.5, top_k=3)], ids=str)
+def test_draws_are_those_of_torch_multinomial(sampling: Sampling) -> None:
+    logits = torch.randn(50, 20)
+    probs = (logits / sampling.temperature).softmax(dim=-1)
+    if sampling.top_k:
+        probs = probs.masked_fill(probs < probs.topk(sampling.top_k).values[:, -1:], 0.0)
+    expected = torch.multinomial(probs, 1, generator=seeded(3)).squeeze(1)
+    assert torch.equal(choose(logits, sampling, seeded(3)), expected)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_logits_that_are_not_finite_are_an_error_and_not_a_crash(bad: float) -> None:
-    logits = torch.zeros(2, 5)
-    logits[1, 3] = bad
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling()], ids=str)
+def test_logits_that_are_not_finite_are_an_error_and_not_a_crash(sampling: Sampling, bad: float, tiny: Tiny) -> None:
+    model = make(tiny())
+    with torch.no_grad():
+        model.head.bias[3] = bad
     with pytest.raises(MinigptError, match="not finite"):
-        choose(logits, Sampling())
+        next(generate(model, torch.zeros(2, 1, dtype=torch.long), 5, sampling))
+
+
+# Reading back, and deciding where to compute.
+
+
+@pytest.mark.parametrize("every", [1, 3, 7, 100])
+def test_ids_are_read_back_in_order_and_none_is_lost(every: int, tiny: Tiny) -> None:
+    model, prompt = make(tiny()), torch.zeros(2, 1, dtype=torch.long)
+    steps = generate(model, prompt, 7, GREEDY)
+    assert list(read_back(steps, every)) == ids_of(model, prompt, 7).T.tolist()
+
+
+def test_one_at_a_time_each_token_is_read_before_the_next_is_computed(tiny: Tiny) -> None:
+    model = make(tiny())
+    calls: list[int] = []
+    model.head.register_forward_hook(lambda *_: calls.append(1))
+    ids = read_back(generate(model, torch.zeros(1, 1, dtype=torch.long), 5, GREEDY), 1)
+    next(ids)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(("streams", "limit", "expected"), [(1, 10**6, 1), (2, 10**6, 2), (1, 10, 2)])
+def test_one_float32_stream_of_a_small_model_is_decoded_by_one_thread(
+    streams: int, limit: int, expected: int, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minigpt_cli.core.generate.ONE_THREAD_PARAMETERS", limit)
+    model, seen = make(tiny()), []
+    model.head.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+    with cpu_threads(2):
+        for _ in generate(model, torch.zeros(streams, 3, dtype=torch.long), 12, GREEDY):
+            assert torch.get_num_threads() == 2  # whoever reads the tokens has them all
+    assert seen == [2] + [expected] * 5 + [2] + [expected] * 4 + [2]  # prompt and refills take all
+
+
+def test_the_clock_decides_how_many_threads_but_not_what_they_compute(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with cpu_threads(2):
+        model = for_decoding(make(tiny(n_embd=256, block_size=64)), BF16)
+        seen: list[int] = []
+        model.head.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+        prompt, texts = torch.zeros(1, 1, dtype=torch.long), []
+        for numbers in ((1, 2), (1,), (2,)):
+            monkeypatch.setattr("minigpt_cli.core.generate._thread_numbers", lambda *_, found=numbers: found)
+            steps = list(generate(model, prompt, 30, Sampling(), generator=seeded(1)))
+            texts.append(torch.cat([logits for _, logits in steps]))
+    assert set(seen[:30]) == {1, 2}
+    assert torch.equal(texts[0], texts[1])
+    assert torch.equal(texts[0], texts[2])
+
+
+# Weights in bf16: what one row takes, and how near the text stays.
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 5])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (1,), (), (1, 3), (2, 1), (4, 5)], ids=str)
+def test_a_row_linear_is_the_linear_in_bf16(shape: tuple[int, ...], bias: bool, pieces: int) -> None:
+    linear = nn.Linear(48, 24, bias=bias)
+    x = torch.randn(*shape, 48).bfloat16()
+    exact = nn.functional.linear(x.float(), linear.weight.bfloat16().float(), linear.bias if bias else None)
+    found = RowLinear(linear, pieces)(x)
+    assert found.shape == exact.shape
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), exact, rtol=2**-7, atol=2**-6)  # roundings: of pieces, y, y + bias
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True, "n_kv_head": 1, "bias": False},
+     {"tie_weights": True, "logit_softcap": 15.0, "mlp": "gelu"}, {"n_layer": 0, "norm": "none"}],
+    ids=str,
+)  # fmt: skip
+def test_decoding_in_bf16_stays_near_float32_with_and_without_the_cache(options: dict[str, object], tiny: Tiny) -> None:
+    model = GPT(tiny(n_embd=32, block_size=16, **options), V).eval()
+    exact = copy.deepcopy(model)
+    decoder = for_decoding(model, BF16)
+    assert not [m for m in decoder.modules() if isinstance(m, nn.Linear)]
+    ids = torch.randint(V, (1, 1))
+    for chosen, logits in generate(decoder, ids, 12, GREEDY):
+        assert logits.dtype == torch.float32
+        for whole in (exact(ids), decoder(ids).float()):
+            torch.testing.assert_close(logits, whole[:, -1], rtol=0.03, atol=0.03)
+        ids = torch.cat([ids, chosen[:, None]], dim=1)
+
+
+def test_decoding_in_float32_is_the_model_untouched(tiny: Tiny) -> None:
+    model = make(tiny())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert for_decoding(model, Runtime(torch.device("cpu"), "fp32", compile=False)) is model
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+# A step that can be recorded: the same work at every position. Without a GPU the work is done again instead.
+
+
+class Tape:
+    """Records work as `Runtime.record` does, which does not do it yet, and counts."""
+
+    def __init__(self, broken_from: int = 10**9) -> None:
+        self.recordings, self.replays, self.broken_from = 0, 0, broken_from
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.recordings += 1
+        if self.recordings >= self.broken_from:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+        def replay() -> None:
+            self.replays += 1
+            work()
+
+        return replay
+
+
+OPTIONS = [
+    {}, {"position": "rope"}, {"position": "none", "n_kv_head": 1},
+    {"position": "rope", "qk_norm": True, "n_kv_head": 2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_recorded_step_gives_the_logits_of_the_sliced_cache(
+    options: dict[str, object], streams: int, tiny: Tiny
+) -> None:
+    """Up to the window of 160 and past it: through three recordings, refills, and a cache that slides."""
+    model = make(tiny(n_head=4, block_size=160, **options))
+    prompt, tape = torch.randint(V, (streams, 5)), Tape()
+    recorded = list(generate(model, prompt, 400, GREEDY, record=tape))
+    for (ids, logits), (expected_ids, expected) in zip(recorded, generate(model, prompt, 400, GREEDY), strict=True):
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(ids, expected_ids)
+    assert tape.recordings == 3  # 64, 128, 160 slots
+    prefills = 1 if model.slides else 1 + -(-(400 - 156) // 81)
+    assert tape.replays == 400 - prefills - 2  # the first steps warm up
+
+
+def test_nothing_that_changes_from_step_to_step_is_known_to_the_host(tiny: Tiny) -> None:
+    """What Python reads while it records is frozen: so while this one works, the host's own count is nonsense."""
+    model = make(tiny(block_size=64, position="rope"))
+    cache = KVCache(1, model.config, torch.device("cpu"), torch.float32)
+
+    def record(work: Callable[[], None]) -> Callable[[], None]:
+        def replay() -> None:
+            cache.length, length = -1000, cache.length
+            work()
+            cache.length = length
+
+        return replay
+
+    with torch.inference_mode():
+        step = RecordedStep(model, cache, 1, record)
+        ids, context = torch.tensor([[4]]), torch.tensor([[1, 2, 3]])
+        model(context, cache)
+        for position in range(3, 60):
+            context = torch.cat([context, ids], dim=1)
+            torch.testing.assert_close(step(ids), model(context)[:, -1], rtol=1e-4, atol=1e-4)
+            assert cache.length == position + 1
+
+
+@pytest.mark.parametrize("broken_from", [1, 2])
+def test_where_recording_fails_decoding_goes_on_and_says_so(broken_from: int, tiny: Tiny) -> None:
+    model, prompt, notes = make(tiny(block_size=160)), torch.zeros(1, 1, dtype=torch.long), []
+    found = ids_of(model, prompt, 150, record=Tape(broken_from), note=notes.append)
+    assert torch.equal(found, ids_of(model, prompt, 150))
+    assert notes == ["CUDA graph: failed, going on without it (operation not permitted when stream is capturing)"]

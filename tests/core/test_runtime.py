@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from minigpt_cli.core.measure import estimate_memory, measure_decoding, measure_
 from minigpt_cli.core.model import GPT, lm_loss
 from minigpt_cli.core.runtime import (
     Runtime,
+    ThreadChoice,
     Workload,
     _choose_compile,
+    choose_decoding_runtime,
     choose_runtime,
+    cpu_threads,
     peak_memory_bytes,
     seed_everything,
 )
@@ -56,6 +60,57 @@ def test_what_is_asked_for_is_taken_without_comment() -> None:
     assert (runtime.precision, runtime.compile, runtime.notes) == ("bf16", False, ())
     with runtime.autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+@NO_CUDA
+@pytest.mark.parametrize(
+    ("asked", "parameters", "has_bf16", "expected"),
+    [
+        ("auto", 10_788_929, True, "bf16"), ("auto", 10_788_929, False, "fp32"), ("auto", 900_000, True, "fp32"),
+        ("auto", 124_000_000, True, "bf16"), ("fp32", 10_788_929, True, "fp32"), ("bf16", 100, False, "bf16"),
+    ],
+)  # fmt: skip
+def test_sampling_in_bf16_depends_on_the_machine_and_the_model_and_not_on_the_clock(
+    asked: str, parameters: int, has_bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    monkeypatch.setattr("minigpt_cli.core.runtime._bf16_speedup", lambda *_: pytest.fail("measured"))
+    runtime = choose_decoding_runtime(RuntimeConfig(device="cpu", precision=asked), parameters)
+    assert (runtime.precision, runtime.compile) == (expected, False)
+    said = [note for note in runtime.notes if note.startswith("precision: bf16")]
+    assert len(said) == (asked == "auto" and expected == "bf16")
+
+
+def test_a_number_of_threads_holds_inside_the_block_only() -> None:
+    before = torch.get_num_threads()
+    with contextlib.suppress(ZeroDivisionError), cpu_threads(3):
+        assert torch.get_num_threads() == 3
+        raise ZeroDivisionError
+    assert torch.get_num_threads() == before
+
+
+def test_threads_are_as_many_as_were_fastest_and_the_others_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock of our own: two threads are faster while the machine is free, and ten times slower while it is not."""
+    clock, costs, choice = [0.0], {1: 2.0, 2: 1.5}, ThreadChoice((1, 2))
+    monkeypatch.setattr("minigpt_cli.core.runtime.time.perf_counter", lambda: clock[0])
+
+    def mean_cost(steps: int) -> float:
+        start = clock[0]
+        for _ in range(steps):
+            with choice.step():
+                clock[0] += costs[torch.get_num_threads()]
+        return (clock[0] - start) / steps
+
+    assert mean_cost(1000) < 1.03 * 1.5
+    costs[2] = 20.0  # another program began
+    assert mean_cost(1000) < 1.10 * 2.0
+    costs[2] = 1.5  # and ended
+    mean_cost(300)
+    assert mean_cost(1000) < 1.03 * 1.5
+    costs[2] = 100.0
+    mean_cost(1)
+    costs[2] = 1.5  # one bad moment
+    assert mean_cost(300) < 1.2 * 1.5
 
 
 def test_seeds_are_a_pure_function_of_their_key() -> None:
