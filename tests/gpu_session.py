@@ -45,6 +45,12 @@ def parts(out: Path, text: str | None) -> dict[str, list[str]]:
             "train: v2": [*MINIGPT, "train", "--config", "v2", *data, "--out", str(out / "v2"), "--device", "cuda"],
             "eval: v2": [*MINIGPT, "eval", "--ckpt", str(out / "v2" / "best.safetensors"), "--json"],
         }
+        for seed in (1337, 1, 2):
+            run_folder = str(out / f"modern-{seed}")
+            commands[f"train: modern, seed {seed}"] = [
+                *MINIGPT, "train", "--config", "modern", *data, "--out", run_folder, "--device", "cuda",
+                "--set", f"train.seed={seed}",
+            ]  # fmt: skip
     return commands
 
 
