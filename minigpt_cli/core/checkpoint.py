@@ -65,6 +65,7 @@ class Header(BaseModel):
     tokens_seen: Count
     val_loss: float | None  # at this step, or None if it was not evaluated here
     dataset_fingerprint: str
+    weights: Literal["trained", "averaged"] = "trained"  # what `model.*` holds; averaged: by train.ema
     progress: Progress
     versions: dict[str, str]
     checksums: dict[str, str]  # tensor name -> sha256 of its bytes

@@ -338,6 +338,7 @@ class Trainer:
             "tokens_seen": progress.tokens_seen,
             "val_loss": progress.val_loss if progress.evaluated_at == progress.step else None,
             "dataset_fingerprint": self.dataset.meta.fingerprint, "progress": progress.model_copy(),
+            "weights": "trained" if self.average is None else "averaged",
         }  # fmt: skip
         with self._averaged():
             weights = {MODEL + name: _to_host(tensor) for name, tensor in self.model.state_dict().items()}

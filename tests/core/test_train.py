@@ -206,6 +206,8 @@ def test_checkpoints_of_an_averaging_run_hold_the_average_and_are_judged_by_it(
     folder, told, _ = run_training("averaged", config)
     plain, _, _ = run_training("plain", small_config(max_iters=12, learning_rate=3e-2))
     saved, unaveraged = load(folder.last), load(plain.last)
+    assert [load(path).header.weights for path in (folder.last, folder.best, plain.best)] == [
+        "averaged", "averaged", "trained"]  # fmt: skip
     for name, tensor in saved.part("model.").items():
         trained = saved.tensors[f"optimizer.{name}.trained"]
         assert torch.equal(trained, unaveraged.tensors[f"model.{name}"]), name  # averaging changes no step
