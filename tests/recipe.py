@@ -137,7 +137,6 @@ def corpora(arguments: argparse.Namespace, scratch: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="cpu")
     commands = parser.add_subparsers(required=True)
     for name, function in (("ablate", ablate), ("corpora", corpora)):
         command = commands.add_parser(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,29 @@ def write_dataset(folder: Path, text: str) -> Dataset:
     (folder / "meta.json").write_text(json.dumps(meta))
     return Dataset(folder)
 
+
+OPTIONS = {
+    "position": ("learned", "none"),
+    "norm": ("layernorm", "none"),
+    "mlp": ("relu", "gelu"),
+    "bias": (True, False),
+    "bias_qkv": (True, False),
+    "bias_head": (True, False),
+    "tie_weights": (True, False),
+}
+MODERN = {
+    "position": ("rope", "learned"),
+    "norm": ("rmsnorm", "layernorm"),
+    "qk_norm": (True, False),
+    "n_kv_head": (1, None),
+    "mlp": ("relu2", "swiglu"),
+    "logit_softcap": (5.0, None),
+}
+MODEL_CHOICES = [
+    dict(zip(table, values, strict=True))
+    for table in (OPTIONS, MODERN)
+    for values in itertools.product(*table.values())
+]
 
 SMALL: dict[str, dict[str, Any]] = {
     "model": {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "dropout": 0.1},

@@ -12,7 +12,8 @@ from minigpt_cli.commands.console import Debug, note, print_table, size
 
 def bench(
     config: Annotated[
-        str, typer.Option("--config", help="A YAML file, or the name of a shipped config: cpu, gpt, v2, bigram.")
+        str,
+        typer.Option("--config", help="A YAML file, or a shipped config: cpu, modern, gpt, v2, bigram."),
     ],
     settings: Annotated[
         list[str] | None,

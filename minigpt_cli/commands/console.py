@@ -12,11 +12,12 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minigpt_cli.core.errors import MinigptError
+from minigpt_cli.core.errors import MinigptError, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -174,3 +175,14 @@ def _fail(message: str, code: int) -> None:
         traceback.print_exc()
     note(message if code in (130, 143) else f"minigpt: error: {message}")
     raise typer.Exit(code) from None
+
+
+def read_prompt(name: str) -> str:
+    """The text of a prompt file; - is stdin. Raises UserError where it cannot be read or is not UTF-8."""
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{name}: {error.strerror}") from None

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minigpt_cli.commands.console import Debug, note, progress_bar, safe, size
+from minigpt_cli.commands.console import Debug, note, progress_bar, read_prompt, safe, size
 from minigpt_cli.core.errors import MinigptError, UserError
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def inspect(
         _check_output(page, force, ckpt)
     where = "--prompt" if prompt is not None else str(prompt_file)
     if prompt_file is not None:
-        prompt = _read_prompt(prompt_file)
+        prompt = read_prompt(prompt_file)
     if page is not None:
         _require_jinja()
 
@@ -112,16 +111,6 @@ def _check_output(page: Path, force: bool, ckpt: Path) -> None:
             raise UserError(f"{page}: the folder {page.parent} cannot be written to; choose another with --out")
     except OSError as error:  # a name too long, a folder that may not be entered
         raise UserError(f"{page}: {error.strerror}") from None
-
-
-def _read_prompt(name: str) -> str:
-    try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}: not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise UserError(f"{name}: {error.strerror}") from None
 
 
 def _require_jinja() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minigpt_cli.commands.console import Debug, note, safe, stdout
+from minigpt_cli.commands.console import Debug, note, read_prompt, safe, stdout
 from minigpt_cli.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,15 +61,16 @@ def sample(
 ) -> None:
     """Write text with a trained model.
 
-    Prompt and text go to stdout as they are made, and nothing else does. When the context window is full, its newest
-    half is kept and read again, because learned positions cannot slide; --exact-window instead recomputes the whole
-    window for every token, as the original scripts did: slower, with the longest context for each token.
+    Prompt and text go to stdout as they are made, and nothing else does. When the context window is full, a model with
+    rotary positions forgets its oldest token for each new one; learned positions cannot slide, so the newest half is
+    kept and read again. --exact-window instead recomputes the whole window for every token, as the original scripts
+    did: slower, with exactly the longest context for each token.
 
     Example: minigpt sample --ckpt checkpoints/best.safetensors --prompt "ROMEO:" --temperature 0.8
     """
     _check_arguments(tokens, temperature, top_k, top_p, num_samples, seed, stop, prompt, prompt_file, show_probs)
     if prompt_file is not None:
-        prompt = _read_prompt(prompt_file)
+        prompt = read_prompt(prompt_file)
     import torch
 
     from minigpt_cli.core.checkpoint import load
@@ -129,16 +130,6 @@ def _check_arguments(
     for is_wrong, message in wrong:
         if is_wrong:
             raise UserError(message)
-
-
-def _read_prompt(name: str) -> str:
-    try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}: not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise UserError(f"{name}: {error.strerror}") from None
 
 
 class _Text:

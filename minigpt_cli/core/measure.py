@@ -45,7 +45,7 @@ def measure_training(
             tokens, config.model.block_size, train.batch_size,
             seed=train.seed, sampling=config.data.sampling, device=runtime.device,
         )  # fmt: skip
-        runtime.wrap(model, batches.in_pieces(0, train.accumulation)[0][0])
+        runtime.wrap(model, model.blocks, batches.in_pieces(0, train.accumulation)[0][0])
         train_step = TrainStep(model, optimizer, scaler, config, runtime, counters)
 
         def step(number: int) -> None:

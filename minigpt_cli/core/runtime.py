@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,15 +63,14 @@ class Runtime:
         elif self.device.type == "mps":
             torch.mps.synchronize()
 
-    def wrap(self, model: torch.nn.Module, example: torch.Tensor) -> str | None:
-        """Compile the model's blocks for training, if so chosen; returns what to tell the user when that failed.
+    def wrap(self, model: torch.nn.Module, blocks: Iterable[torch.nn.Module], example: torch.Tensor) -> str | None:
+        """Compile the model's `blocks` for training, if so chosen; returns what to tell the user when that failed.
 
         One block is compiled and serves for all: they share their code. Compiling happens at the first call, so the
         model is called here, forward and backward, on an `example` input. The compiler keeps its results on disk.
         """
         if not self.compile:
             return None
-        blocks = [module for module in model.modules() if type(module).__name__ == "Block"]
         try:
             for block in blocks:
                 block.compile()

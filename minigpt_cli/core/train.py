@@ -208,7 +208,8 @@ class Trainer:
         self.progress = Progress(precision=runtime.precision)
         if resume:
             self._restore(resume)
-        note = runtime.wrap(self.model, self.batches.in_pieces(0, config.train.accumulation)[0][0])
+        example_BT = self.batches.in_pieces(0, config.train.accumulation)[0][0]
+        note = runtime.wrap(self.model, self.model.blocks, example_BT)
         if note:
             self._note(note)
         self.train_step = TrainStep(

@@ -122,7 +122,7 @@ def _ours(
     decoder = for_decoding(GPT(config.model, vocab_size).to(decoding.device), decoding)
     optimizer, counters = make_optimizer(model, config.train, training.update_dtype), Statistics.zeros(training.device)
     pieces = config.train.accumulation
-    training.wrap(model, example_BT.chunk(pieces)[0])
+    training.wrap(model, model.blocks, example_BT.chunk(pieces)[0])
     step = TrainStep(model, optimizer, training.scaler(), config, training, counters)
 
     def train(x_BT: Tensor, y_BT: Tensor) -> None:

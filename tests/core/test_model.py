@@ -17,31 +17,10 @@ from minigpt_cli.core.config import ModelConfig
 from minigpt_cli.core.layers import KVCache, rotary_table, rotate
 from minigpt_cli.core.model import GPT, lm_loss
 from oracle.weights import naive_twin
+from runs import MODEL_CHOICES
 
 Tiny = Callable[..., ModelConfig]
 V = 11
-OPTIONS = {
-    "position": ("learned", "none"),
-    "norm": ("layernorm", "none"),
-    "mlp": ("relu", "gelu"),
-    "bias": (True, False),
-    "bias_qkv": (True, False),
-    "bias_head": (True, False),
-    "tie_weights": (True, False),
-}
-MODERN = {
-    "position": ("rope", "learned"),
-    "norm": ("rmsnorm", "layernorm"),
-    "qk_norm": (True, False),
-    "n_kv_head": (1, None),
-    "mlp": ("relu2", "swiglu"),
-    "logit_softcap": (5.0, None),
-}
-CHOICES = [
-    dict(zip(table, values, strict=True))
-    for table in (OPTIONS, MODERN)
-    for values in itertools.product(*table.values())
-]
 SHAPES: dict[str, dict[str, object]] = {
     "rotary": {"position": "rope", "norm": "rmsnorm"},
     "two heads": {},
@@ -95,7 +74,7 @@ def test_attention_reaches_back_to_the_first_token(tiny: Tiny) -> None:
     assert not torch.allclose(model(ids)[:, -1], model(changed)[:, -1])
 
 
-@pytest.mark.parametrize("options", CHOICES, ids=str)
+@pytest.mark.parametrize("options", MODEL_CHOICES, ids=str)
 def test_cached_logits_are_the_uncached_for_every_model_option(options: dict[str, object], tiny: Tiny) -> None:
     model = make(tiny(**options))
     ids = torch.randint(V, (2, 8))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 
 import pytest
@@ -18,27 +17,11 @@ from oracle.generate import crop_and_recompute
 from oracle.model import NaiveGPT
 from oracle.operations import Formulas, TorchOps
 from oracle.weights import gradient_pairs, naive_twin
+from runs import MODEL_CHOICES
 
 SEEDS = ("gpt", "v2", "bigram")
 VOCABULARY = 65  # characters in tiny Shakespeare
 PLACES = ("dropout_attn", "dropout_proj", "dropout_mlp")
-OPTIONS = {
-    "position": ("learned", "none"),
-    "norm": ("layernorm", "none"),
-    "mlp": ("relu", "gelu"),
-    "bias": (True, False),
-    "bias_qkv": (True, False),
-    "bias_head": (True, False),
-    "tie_weights": (True, False),
-}
-MODERN = {
-    "position": ("rope", "learned"),
-    "norm": ("rmsnorm", "layernorm"),
-    "qk_norm": (True, False),
-    "n_kv_head": (1, None),
-    "mlp": ("relu2", "swiglu"),
-    "logit_softcap": (5.0, None),
-}
 judge = Formulas()
 
 
@@ -117,18 +100,13 @@ def test_a_seed_configs_gradients_are_the_oracles_over_the_whole_window(name: st
     assert_same_gradients(ours, naive_twin(ours), x, y, tolerance=1e-7)
 
 
-CHOICES = [
-    dict(zip(table, values, strict=True))
-    for table in (OPTIONS, MODERN)
-    for values in itertools.product(*table.values())
-]
-CHOICES += [
+MORE = [
     {"position": "rope", "rope_base": 100.0, "n_head": 4, "n_kv_head": 2, "mlp_width": 24},
     {"mlp": "swiglu", "mlp_width": 20, "qk_norm": True, "norm": "none"},
 ]
 
 
-@pytest.mark.parametrize("options", CHOICES, ids=str)
+@pytest.mark.parametrize("options", [*MODEL_CHOICES, *MORE], ids=str)
 def test_every_model_option_is_the_oracles_in_logits_and_gradients(
     options: dict[str, object], tiny: Callable[..., ModelConfig]
 ) -> None:

@@ -130,7 +130,7 @@ def test_without_a_compiler_training_goes_on_and_says_so(monkeypatch: pytest.Mon
     model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8), 5)
     example = torch.zeros(2, 8, dtype=torch.long)
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
-        note = Runtime(torch.device("cpu"), "fp32", compile=True).wrap(model, example)
+        note = Runtime(torch.device("cpu"), "fp32", compile=True).wrap(model, model.blocks, example)
     assert note is not None
     assert model(example).shape == (2, 8, 5)  # uncompiled
     assert "going on without" in note
