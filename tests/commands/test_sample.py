@@ -438,5 +438,6 @@ def test_a_setting_of_nonsense_in_the_metadata_is_a_damaged_file(here: Path) -> 
 
 def test_help_says_what_happens_past_the_window_and_between_samples() -> None:
     shown = " ".join(call("sample", "--help").out.split())
-    assert "When the context window is full, its newest half is kept" in shown
+    assert "a model with rotary positions forgets its oldest token for each new one" in shown
+    assert "learned positions cannot slide, so the newest half is kept" in shown
     assert "a line --- stands between them" in shown
