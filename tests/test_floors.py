@@ -15,7 +15,7 @@ PACKAGE = Path(minigpt_cli.__file__).parent
 FLOORS = [
     {"background", "errors", "files", "signals"},
     {"bpe", "folders", "metrics", "plain_yaml", "textfiles"},
-    {"config", "dataset", "textstream", "tokenizer"},
+    {"config", "dataset", "sharding", "textstream", "tokenizer", "world"},
     {"corpus", "kernels", "runtime"},
     {"layers"},
     {"model"},

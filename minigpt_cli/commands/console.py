@@ -58,13 +58,26 @@ def stderr() -> Console:
 
 
 def note(message: str) -> None:
-    """One plain line on stderr, for people. Where nobody reads it any more, nothing stops."""
+    """One plain line on stderr, for people. Where nobody reads it any more, nothing stops. Of many ranks one talks."""
+    if _rank():
+        return
+    _say(message)
+
+
+def _rank() -> str:
+    """The number of this process among those that torchrun started; empty for the one that talks, and without any."""
+    return os.environ.get("RANK", "").removeprefix("0")
+
+
+def _say(message: str) -> None:
     with suppress(OSError, ValueError):
         print(safe(message), file=sys.stderr, flush=True)
 
 
 def print_table(title: str, rows: Sequence[tuple[object, ...]], headers: Sequence[str] | None = None) -> None:
     """A small table on stdout: label columns to the left, the last column to the right. Values are made safe here."""
+    if _rank():
+        return
     from rich.table import Table
     from rich.text import Text
 
@@ -173,7 +186,9 @@ def error_boundary() -> Iterator[None]:
 def _fail(message: str, code: int) -> None:
     if _debug:
         traceback.print_exc()
-    note(message if code in (130, 143) else f"minigpt: error: {message}")
+    if message:
+        where = f" on rank {_rank()}" if _rank() else ""
+        _say(message if code in (130, 143) else f"minigpt: error{where}: {message}")
     raise typer.Exit(code) from None
 
 

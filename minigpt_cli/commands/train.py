@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from minigpt_cli.core.dataset import Dataset
     from minigpt_cli.core.run import RunFolder
     from minigpt_cli.core.runtime import Runtime
+    from minigpt_cli.core.world import World
 
 SLOW_HOURS = 1.0  # from here on, say before starting how long it will take
 
@@ -53,17 +54,46 @@ def train(
     The run folder gets last.safetensors (to resume from), best.safetensors (lowest validation loss), metrics.jsonl,
     loss.png and config.yaml. Ctrl-C saves and prints the command that goes on; a second Ctrl-C leaves at once.
 
+    Several devices share each batch: torchrun --standalone --nproc-per-node 2 -m minigpt_cli train --config gpt
+
     Example: minigpt train --config cpu --set train.max_iters=500 --out checkpoints/short
     """
     if resume and overwrite:
         raise UserError("--resume goes on with a run and --overwrite replaces it: choose one")
-    from minigpt_cli.core.config import load_config, parse_override
-    from minigpt_cli.core.dataset import Dataset, require_known_tokens, require_window
-    from minigpt_cli.core.tokenizer import from_json
+    from minigpt_cli.core.config import parse_override
+    from minigpt_cli.core.world import joined
 
     overrides = [parse_override(text) for text in settings or []]
     overrides += [("out_dir", out)] if out is not None else []
     overrides += [("runtime.device", device)] if device is not None else []
+    with joined() as world:
+        with world.together():
+            chosen, dataset, vocab_size = _prepared(config, overrides, resume=resume)
+        with world.together():
+            settings_of_rank = {
+                f"{s}.{k}": v for s, keys in chosen.model_dump(exclude={"out_dir"}).items() for k, v in keys.items()
+            }
+            world.require_same({"the data's fingerprint": dataset.meta.fingerprint, **settings_of_rank})
+        if dry_run:
+            _show_plan(chosen, dataset, vocab_size, world)
+        else:
+            _run(
+                chosen,
+                dataset,
+                vocab_size,
+                world,
+                resume=resume,
+                overwrite=overwrite,
+                allow_data_change=allow_data_change,
+            )
+
+
+def _prepared(config: str | None, overrides: list[tuple[str, Any]], *, resume: bool) -> tuple[Config, Dataset, int]:
+    """The settings of the run, its data, and the size of the vocabulary."""
+    from minigpt_cli.core.config import load_config
+    from minigpt_cli.core.dataset import Dataset, require_known_tokens, require_window
+    from minigpt_cli.core.tokenizer import from_json
+
     if config is None and not resume:
         raise UserError("which config? For example --config cpu (on a CPU) or --config gpt (on a GPU)")
     chosen = load_config(config, overrides)
@@ -74,11 +104,7 @@ def train(
     vocab_size = from_json(dataset.meta.tokenizer).vocab_size
     for split in (dataset.train, dataset.val):
         require_known_tokens(split, vocab_size, dataset.folder)
-    chosen = _with_horizon(chosen, dataset, vocab_size)
-    if dry_run:
-        _show_plan(chosen, dataset, vocab_size)
-        return
-    _run(chosen, dataset, vocab_size, resume=resume, overwrite=overwrite, allow_data_change=allow_data_change)
+    return _with_horizon(chosen, dataset, vocab_size), dataset, vocab_size
 
 
 def _with_horizon(config: Config, dataset: Dataset, vocab_size: int) -> Config:
@@ -110,30 +136,37 @@ def _settings_of_run(folder: Path, overrides: list[tuple[str, Any]]) -> Config:
 
 
 def _run(
-    config: Config, dataset: Dataset, vocab_size: int, *, resume: bool, overwrite: bool, allow_data_change: bool
-) -> None:
+    config: Config, dataset: Dataset, vocab_size: int, world: World, *,
+    resume: bool, overwrite: bool, allow_data_change: bool,
+) -> None:  # fmt: skip
     from minigpt_cli.commands.display import Display
+    from minigpt_cli.core import checkpoint
     from minigpt_cli.core.files import atomic_write
     from minigpt_cli.core.metrics import JsonLines, plot_losses, read_metrics
-    from minigpt_cli.core.run import open_run
+    from minigpt_cli.core.run import RunFolder, check_resumable, open_run
     from minigpt_cli.core.signals import StopSignals
     from minigpt_cli.core.train import train as run_training
     from minigpt_cli.core.verdict import verdict
 
     path = Path(config.out_dir)
-    if resume and not path.is_dir():
-        raise UserError(f"{path}: no run to resume; run without --resume to start")
-    runtime = _choose_runtime(config, None, vocab_size)  # before the folder is touched: there may be no such device
-    with StopSignals() as stop, open_run(path) as folder:
-        if folder.holds_run() and not (resume or overwrite):
-            raise UserError(
-                f"{path} already holds a run: --resume goes on with it, --overwrite replaces it, "
-                "--out DIR goes elsewhere"
+    runtime = _choose_runtime(config, None, vocab_size, world)  # before the folder is touched: is there such a device?
+    with StopSignals() as stop, ExitStack() as held:
+        with world.together():
+            if resume and not path.is_dir():
+                raise UserError(f"{path}: no run to resume; run without --resume to start")
+            folder = held.enter_context(open_run(path)) if world.leads else RunFolder(path)
+            saved = _where_to_start(config, folder, world, resume=resume, overwrite=overwrite) if world.leads else None
+        start = world.texts(str(saved.path) if saved else "")[0]
+        with world.together():
+            if start and not world.leads:
+                saved = checkpoint.load(start)
+            changed = (
+                check_resumable(saved, config, dataset, allow_data_change=allow_data_change)
+                if saved is not None
+                else {}
             )
-        resolved = config.to_yaml().encode()
-        if folder.config.exists() and not folder.holds_run() and folder.config.read_bytes() != resolved:
-            raise UserError(f"{folder.config} is not a run's: it would be replaced; choose another folder with --out")
-        saved = _load_for_resume(config, dataset, folder, allow_data_change) if resume else None
+        for key, (old, new) in changed.items():
+            note(f"changed since the last session: {key}: {old} -> {new}")
         evaluated = saved is not None and saved.header.val_loss is not None
         if saved is not None and saved.header.step >= config.train.steps and evaluated:
             note(
@@ -143,64 +176,84 @@ def _run(
             return
         if saved is not None:
             note(f"resuming {saved.path} at step {saved.header.step:,}")
-            runtime = _choose_runtime(config, saved, vocab_size)
+            runtime = _choose_runtime(config, saved, vocab_size, world)
         for line in runtime.notes:
             note(line)
         if saved is None:
             _warn_if_slow(config, dataset, vocab_size, runtime)
-            folder.set_aside()
-        with atomic_write(folder.config) as file:
-            file.write(resolved)
-        metrics = JsonLines(folder.metrics, resume_at=saved.header.step if saved else None, evaluated=evaluated)
-        display = Display(config, start=saved.header.step if saved else 0)
+        listeners: list[JsonLines | Display] = []
+        if world.leads:
+            if saved is None:
+                folder.set_aside()
+            with atomic_write(folder.config) as file:
+                file.write(config.to_yaml().encode())
+            if world.launch is not None:
+                folder.launch.write_text(world.launch)
+            metrics = JsonLines(folder.metrics, resume_at=saved.header.step if saved else None, evaluated=evaluated)
+            listeners = [metrics, Display(config, start=saved.header.step if saved else 0)]
         try:
-            result = run_training(config, dataset, folder, runtime, [metrics, display], resume=saved, stop=stop)
+            result = run_training(config, dataset, folder, runtime, listeners, resume=saved, stop=stop)
         finally:
-            metrics.close()
-            display.close()
-            try:
-                plot_losses(folder.metrics, folder.picture)
-            except Exception as error:  # a picture is worth no run
-                note(f"{folder.picture}: not drawn: {error}")
+            for listener in listeners:
+                listener.close()
+            if world.leads:
+                try:
+                    plot_losses(folder.metrics, folder.picture)
+                except Exception as error:  # a picture is worth no run
+                    note(f"{folder.picture}: not drawn: {error}")
         if result.reason == "stopped":
-            raise Stopped(
-                f"stopped at step {result.progress.step:,}, all saved; go on with:\n  {_resume_command()}",
-                stop.exit_code,
-            )
+            stopped = f"stopped at step {result.progress.step:,}, all saved; go on with:\n  {_resume_command(world)}"
+            raise world.everyones(Stopped(stopped, stop.exit_code))
+        if not world.leads:
+            return
         for line in verdict(result, read_metrics(folder.metrics), config):
             print(safe(line))
-        checkpoint = shlex.quote(str(result.best or result.last))
-        print(safe(f"Sample from it: minigpt sample --ckpt {checkpoint} --tokens 500"))
+        best = shlex.quote(str(result.best or result.last))
+        print(safe(f"Sample from it: minigpt sample --ckpt {best} --tokens 500"))
 
 
-def _load_for_resume(config: Config, dataset: Dataset, folder: RunFolder, allow_data_change: bool) -> Checkpoint:
-    from minigpt_cli.core.run import check_resumable
-
+def _where_to_start(
+    config: Config, folder: RunFolder, world: World, *, resume: bool, overwrite: bool
+) -> Checkpoint | None:
+    """The checkpoint to go on from; None for a new run. Raises UserError where the folder is not free for one."""
+    if world.restarts and folder.launch.exists() and folder.launch.read_text() == (world.launch or ""):
+        resume, overwrite = folder.last.exists(), True  # torchrun started this very run before, and a rank died
+    if folder.holds_run() and not (resume or overwrite):
+        raise UserError(
+            f"{folder.path} already holds a run: --resume goes on with it, --overwrite replaces it, "
+            "--out DIR goes elsewhere"
+        )
+    resolved = config.to_yaml().encode()
+    if folder.config.exists() and not folder.holds_run() and folder.config.read_bytes() != resolved:
+        raise UserError(f"{folder.config} is not a run's: it would be replaced; choose another folder with --out")
+    if not resume:
+        return None
     saved, problems = folder.newest()
     for problem in problems:
         note(problem)
-    changed = check_resumable(saved, config, dataset, allow_data_change=allow_data_change)
-    for key, (old, new) in changed.items():
-        note(f"changed since the last session: {key}: {old} -> {new}")
     return saved
 
 
-def _choose_runtime(config: Config, saved: Checkpoint | None, vocab_size: int) -> Runtime:
+def _choose_runtime(config: Config, saved: Checkpoint | None, vocab_size: int, world: World) -> Runtime:
     import torch
 
     from minigpt_cli.core.model import GPT
     from minigpt_cli.core.runtime import Workload, choose_runtime
 
     model, train = config.model, config.train
+    with world.together():
+        pieces = train.pieces(world.size)
     with torch.device("meta"):
-        flops = GPT(model, vocab_size).flops_per_token() * train.batch_size * model.block_size
-    workload = Workload(train.steps - (saved.header.step if saved else 0), model.n_layer, flops)
-    width, rows = model.n_embd, train.batch_size // train.accumulation * model.block_size
+        gpt = GPT(model, vocab_size)
+    flops = gpt.flops_per_token() * train.batch_size * model.block_size // world.size
+    steps = train.steps - (saved.header.step if saved else 0)
+    workload = Workload(steps, model.n_layer, flops, gpt.parameter_counts()["total"])
+    width, rows = model.n_embd, train.batch_size // (world.size * pieces) * model.block_size
     if saved is not None and config.runtime.precision == "auto":  # a measured choice could fall otherwise this time
         as_before = config.runtime.model_copy(update={"precision": saved.header.progress.precision})
         with suppress(UserError):  # another machine, which cannot do what that one did
-            return choose_runtime(as_before, width=width, rows=rows, workload=workload)
-    return choose_runtime(config.runtime, width=width, rows=rows, workload=workload)
+            return choose_runtime(as_before, width=width, rows=rows, workload=workload, world=world)
+    return choose_runtime(config.runtime, width=width, rows=rows, workload=workload, world=world)
 
 
 def _warn_if_slow(config: Config, dataset: Dataset, vocab_size: int, runtime: Runtime) -> None:
@@ -229,12 +282,13 @@ def _warn_if_slow(config: Config, dataset: Dataset, vocab_size: int, runtime: Ru
         )
 
 
-def _resume_command() -> str:
+def _resume_command(world: World) -> str:
     arguments = [a for a in sys.argv[1:] if a not in ("--overwrite", "--resume")]
-    return shlex.join(["minigpt", *arguments, "--resume"])
+    program = ["minigpt"] if world.size == 1 else ["torchrun", "...", "-m", "minigpt_cli"]
+    return shlex.join([*program, *arguments, "--resume"])
 
 
-def _show_plan(config: Config, dataset: Dataset, vocab_size: int) -> None:
+def _show_plan(config: Config, dataset: Dataset, vocab_size: int, world: World) -> None:
     """--dry-run: what the run will cost, by arithmetic and by one real step. Writes nothing."""
     import torch
 
@@ -243,7 +297,7 @@ def _show_plan(config: Config, dataset: Dataset, vocab_size: int) -> None:
     from minigpt_cli.core.runtime import describe_device, memory_advice
     from minigpt_cli.core.verdict import dropout_advice
 
-    runtime = _choose_runtime(config, None, vocab_size)
+    runtime = _choose_runtime(config, None, vocab_size, world)
     for line in runtime.notes:
         note(line)
     train = config.train
@@ -251,7 +305,7 @@ def _show_plan(config: Config, dataset: Dataset, vocab_size: int) -> None:
         counts = GPT(config.model, vocab_size).parameter_counts()
     print_table("Parameters", [(name, f"{count:,}") for name, count in counts.items() if count])
     per_step = train.batch_size * config.model.block_size
-    with memory_advice(train, runtime.device):
+    with memory_advice(train, runtime.device, world.size):
         memory = estimate_memory(config, vocab_size)
     speed = measure_training(config, dataset.train, vocab_size, runtime, steps=3, max_seconds=2)
     evaluations = train.steps // train.eval_interval + 1
@@ -271,6 +325,8 @@ def _show_plan(config: Config, dataset: Dataset, vocab_size: int) -> None:
             ("estimated time", duration(min(seconds, (train.max_minutes or float("inf")) * 60))),
         ],
     )
+    if not world.leads:
+        return
     if advice := dropout_advice(config, train.steps * per_step / len(dataset.train)):
         print(safe(advice))
     print("Nothing was written.")

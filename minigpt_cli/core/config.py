@@ -120,15 +120,30 @@ class TrainConfig(Section):
 
     @property
     def accumulation(self) -> int:
-        """Forward and backward passes per optimizer step."""
-        return self.batch_size // (self.micro_batch_size or self.batch_size)
+        """Forward and backward passes per optimizer step, on a single device."""
+        return self.pieces(1)
+
+    def pieces(self, ranks: int) -> int:
+        """Forward and backward passes per optimizer step on each of so many devices, which share the batch.
+
+        Raises UserError where it cannot be shared in equal parts.
+        """
+        at_once = ranks * (self.micro_batch_size or 1)
+        if self.batch_size % at_once:
+            below, above = self.batch_size // at_once * at_once, -(-self.batch_size // at_once) * at_once
+            raise UserError(
+                f"train.batch_size {self.batch_size} cannot be shared by {ranks} ranks in micro batches of "
+                f"{self.micro_batch_size or 1}; try {f'{below} or ' if below else ''}{above}"
+            )
+        return self.batch_size // at_once if self.micro_batch_size else 1
 
 
 class RuntimeConfig(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$")] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: Literal["auto"] | bool = "auto"
-    parallel: Literal["auto", "none"] = "auto"
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"  # under torchrun: copies of the model, or slices
+    checkpoint_activations: bool = False  # compute each block again on the way back, instead of keeping its insides
     deterministic: bool = False  # bit-for-bit repeatable on CUDA too; slower there, free on the CPU
 
 

@@ -160,16 +160,16 @@ class Batches:
     """Batches of one split on one device: `at(step)` -> (x, y), both (rows, block_size) int64, y one token ahead of x.
 
     The whole split moves to the device when it fits `resident_bytes`, so that only offsets are copied each step;
-    otherwise windows are read from the memory map.
+    otherwise windows are read from the memory map. `rows` are those of each batch that this rank trains on.
     """
 
     def __init__(
         self, tokens: Tokens, block_size: int, batch_size: int, *,
-        seed: int, sampling: str, device: torch.device, resident_bytes: int = 4 << 30,
+        seed: int, sampling: str, device: torch.device, rows: slice = slice(None), resident_bytes: int = 4 << 30,
     ) -> None:  # fmt: skip
         require_window(tokens, block_size)
         self.n_tokens, self.block_size, self.batch_size = len(tokens), block_size, batch_size
-        self.seed, self.sampling, self.device = seed, sampling, device
+        self.seed, self.sampling, self.device, self.rows = seed, sampling, device, rows
         self._mapped = tokens
         self._resident: Tensor | None = None
         if device.type != "cpu" and len(tokens) * 4 <= resident_bytes:
@@ -199,6 +199,6 @@ class Batches:
         return windows[:, :-1], windows[:, 1:]
 
     def in_pieces(self, step: int, n: int) -> list[tuple[Tensor, Tensor]]:
-        """The step's batch as `n` micro batches of equal size."""
-        x_BT, y_BT = self.at(step)
+        """Our rows of the step's batch, as `n` micro batches of equal size."""
+        x_BT, y_BT = self.at(step, self.rows)
         return list(zip(x_BT.chunk(n), y_BT.chunk(n), strict=True))

@@ -26,3 +26,11 @@ class Stopped(MinigptError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class ToldElsewhere(MinigptError):
+    """Another process of the same run has the same trouble and tells of it; this one ends without a word."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("")
+        self.exit_code = exit_code

@@ -45,35 +45,40 @@ def evaluate(
 ) -> Score | None:  # fmt: skip
     """Score every token of the split but the first, in fixed windows that do not overlap; the last may be shorter.
 
-    Draws nothing at random. Returns None if `stop` turned true on the way. Raises UserError below two tokens.
+    Draws nothing at random. Returns None if `stop` turned true on the way. Raises UserError below two tokens. Ranks
+    share the windows, and each gets the same score; all must take part.
     """
     if len(tokens) < 2:
         raise UserError(f"this text has {len(tokens)} token(s); evaluating needs at least 2")
     was_training = model.training
     model.eval()
-    losses, hits, sizes = [], [], []
-    windows = list(_windows(tokens, model.config.block_size, model.vocab_size))
-    for done, (x, y) in enumerate(windows):
+    windows, world = _windows(tokens, model.config.block_size, model.vocab_size), runtime.world
+    counts = np.array([y.shape[1] for _, y in windows for _ in range(len(y))])  # tokens of each row
+    begin = np.cumsum([0, *(len(y) for _, y in windows)])  # of each batch's rows
+    losses_N = torch.zeros(len(counts), device=runtime.device)
+    hits = torch.zeros((), dtype=torch.long, device=runtime.device)
+    for first in range(0, len(windows), world.size):
         if stop is not None and stop():
-            break
+            model.train(was_training)
+            return None
+        turn = first + world.rank
+        x, y = windows[min(turn, len(windows) - 1)]  # a sliced model takes every rank to run, if only for show
         x_BT = torch.from_numpy(x.astype(np.int64)).to(runtime.device)
         y_BT = torch.from_numpy(y.astype(np.int64)).to(runtime.device)
         with runtime.autocast():
             logits_BTV = model(x_BT)
         losses_BT = F.cross_entropy(logits_BTV.float().flatten(0, 1), y_BT.flatten(), reduction="none").view_as(y_BT)
-        losses.append(losses_BT.sum(dim=1))
-        hits.append((logits_BTV.argmax(dim=-1) == y_BT).sum())
-        sizes += [y.shape[1]] * len(y)
+        if turn < len(windows):
+            losses_N[begin[turn] : begin[turn + 1]] = losses_BT.sum(dim=1)
+            hits += (logits_BTV.argmax(dim=-1) == y_BT).sum()
         if progress is not None:
-            progress(done + 1, len(windows))
+            progress(min(first + world.size, len(windows)), len(windows))
     model.train(was_training)
-    if len(losses) < len(windows):
-        return None
-    sums, counts = torch.cat(losses).double().cpu().numpy(), np.array(sizes)  # by window
+    sums = world.total(losses_N).cpu().double().numpy()
     loss = float(sums.sum() / counts.sum())
     deviations = sums - loss * counts
     error = math.sqrt((deviations**2).sum() * len(sums) / max(1, len(sums) - 1)) / counts.sum()
-    return Score(loss, float(error), int(torch.stack(hits).sum()) / int(counts.sum()), int(counts.sum()))
+    return Score(loss, float(error), int(world.total(hits)) / int(counts.sum()), int(counts.sum()))
 
 
 def _windows(tokens: Tokens, block_size: int, vocab_size: int) -> list[tuple[Tokens, Tokens]]:

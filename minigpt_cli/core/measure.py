@@ -15,8 +15,8 @@ from minigpt_cli.core.dataset import Batches, Tokens
 from minigpt_cli.core.generate import Sampling, for_decoding, generate, read_back
 from minigpt_cli.core.model import GPT, lm_loss
 from minigpt_cli.core.optim import make_optimizer
-from minigpt_cli.core.runtime import Runtime, memory_advice, peak_flops, peak_memory_bytes, seed_everything
-from minigpt_cli.core.train import Statistics, TrainStep
+from minigpt_cli.core.runtime import Runtime, memory_advice, peak_flops, peak_memory_bytes
+from minigpt_cli.core.train import Statistics, TrainStep, make_model
 
 
 @dataclass(frozen=True)
@@ -32,30 +32,33 @@ class TrainingSpeed:
 def measure_training(
     config: Config, tokens: Tokens, vocab_size: int, runtime: Runtime, *, steps: int, max_seconds: float
 ) -> TrainingSpeed:
-    """Time whole steps (data, forward, backward, clip, optimizer) of a fresh model; the cold first one apart."""
-    train = config.train
-    seed_everything(train.seed)
+    """Time whole steps (data, forward, backward, clip, optimizer) of a fresh model; the cold first one apart.
+
+    Over all ranks, each of which must take part.
+    """
+    train, world = config.train, runtime.world
+    pieces = train.pieces(world.size)
     start = time.perf_counter()
     seconds: list[float] = []
-    with memory_advice(train, runtime.device):
-        model = GPT(config.model, vocab_size).to(runtime.device)
+    with memory_advice(train, runtime.device, world.size):
+        model = make_model(config, vocab_size, runtime)
         optimizer = make_optimizer(model, train, runtime.update_dtype)
         scaler, counters = runtime.scaler(), Statistics.zeros(runtime.device)
         batches = Batches(
             tokens, config.model.block_size, train.batch_size,
-            seed=train.seed, sampling=config.data.sampling, device=runtime.device,
+            seed=train.seed, sampling=config.data.sampling, device=runtime.device, rows=world.share(train.batch_size),
         )  # fmt: skip
-        runtime.wrap(model, model.blocks, batches.in_pieces(0, train.accumulation)[0][0])
+        runtime.wrap(model, model.blocks, batches.in_pieces(0, pieces)[0][0])
         train_step = TrainStep(model, optimizer, scaler, config, runtime, counters)
 
         def step(number: int) -> None:
-            train_step(batches.in_pieces(number, train.accumulation), number)
+            train_step(batches.in_pieces(number, pieces), number)
             runtime.synchronize()
 
         step(0)
         first = time.perf_counter() - start
         begin = time.perf_counter()
-        while not seconds or (len(seconds) < steps and time.perf_counter() - begin < max_seconds):
+        while world.any(not seconds or (len(seconds) < steps and time.perf_counter() - begin < max_seconds)):
             now = time.perf_counter()
             step(len(seconds) + 1)
             seconds.append(time.perf_counter() - now)
@@ -63,8 +66,8 @@ def measure_training(
     peak = peak_flops(runtime.device)
     return TrainingSpeed(
         median, tokens_per_step / median, first, peak_memory_bytes(runtime.device),
-        model.flops_per_token() * tokens_per_step / median / peak if peak else None,
-        counters.loss_sum.item() / (len(seconds) + 1),
+        model.flops_per_token() * tokens_per_step / median / (peak * world.size) if peak else None,
+        world.total(counters.loss_sum).item() / world.size / (len(seconds) + 1),
     )  # fmt: skip
 
 

@@ -5,12 +5,15 @@ Shapes: B batch, T time, C width, V vocabulary.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from minigpt_cli.core.config import ModelConfig
 from minigpt_cli.core.layers import (
@@ -59,6 +62,7 @@ class GPT(nn.Module):
             nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         )
         self.rotary_width = config.n_embd // config.n_head if config.position == "rope" else 0
+        self.checkpoint_activations = False  # in training keep only what goes into a block, and compute it twice
         self.slides = config.position == "rope"  # only distances count: the window may move on token by token
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config, config.n_embd)
@@ -97,7 +101,10 @@ class GPT(nn.Module):
                 positions_T = torch.arange(start, start + T, device=idx_BT.device)
             rotary = rotary_table(positions_T, self.rotary_width, self.config.rope_base)
         for i, block in enumerate(self.blocks):
-            x_BTC = block(x_BTC, rotary, cache.layers[i] if cache is not None else None, start)
+            if self.checkpoint_activations and self.training:  # Chen et al. 2016, arXiv:1604.06174
+                x_BTC = checkpoint(block, x_BTC, rotary, use_reentrant=False)
+            else:
+                x_BTC = block(x_BTC, rotary, cache.layers[i] if cache is not None else None, start)
         if cache is not None and isinstance(start, int):
             cache.length = start + T
         logits_BTV = self.head(self.norm(x_BTC))
@@ -172,6 +179,33 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (gradient_NV,) = ctx.saved_tensors
         return gradient_NV * grad, None
+
+
+def initial_weights(model: GPT) -> Iterator[tuple[str, Tensor]]:
+    """What the constructor draws, for a model that has no memory yet or is sliced: name and weight, on the CPU.
+
+    The same draws from the default generator in the same order, one module's at a time; where a name comes again, the
+    later weight counts.
+    """
+    rounds: list[Callable[[Any], None]] = [lambda module: module.reset_parameters()]
+    if model.config.init == "gpt2":
+        rounds.append(_init_gpt2)
+    for initialise in rounds:
+        for name, module in model.named_modules():
+            if not module._parameters or (
+                initialise is _init_gpt2 and not isinstance(module, nn.Linear | nn.Embedding)
+            ):
+                continue
+            drawn = copy.copy(module)
+            drawn._parameters = {
+                key: None if p is None else nn.Parameter(torch.empty(p.shape)) for key, p in module._parameters.items()
+            }
+            initialise(drawn)
+            yield from ((f"{name}.{key}", p.data) for key, p in drawn._parameters.items() if p is not None)
+    if model.config.zero_init:
+        for i in range(model.config.n_layer):
+            for name in (f"blocks.{i}.attn.proj.weight", f"blocks.{i}.mlp.down.weight"):
+                yield name, torch.zeros(model.get_parameter(name).shape)
 
 
 def _init_gpt2(module: nn.Module) -> None:

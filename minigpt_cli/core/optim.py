@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from minigpt_cli.core.config import Config, TrainConfig
 from minigpt_cli.core.model import GPT
+from minigpt_cli.core.sharding import like, local, whole
 
 MUON_MOMENTUM = 0.95
+MUON_BATCH = 1 << 26  # elements orthogonalised at a time: 256 MB in float32
 TOKENS_PER_PARAMETER = 20  # beyond which a larger model is the better use of time (Hoffmann et al. 2022)
 MOST_EPOCHS = 20  # beyond which reading the same text again teaches nothing more (docs/recipe.md)
 
@@ -56,7 +58,7 @@ class Muon(torch.optim.AdamW):
 
     Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks": every direction in which the
     momentum points gets a step of the same length. Projections packed in one matrix are orthogonalised each on its
-    own, those of equal shape in one batch.
+    own, those of equal shape in one batch. Sliced matrices are gathered for that: every rank does the same work.
     """
 
     def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float], dtype: torch.dtype) -> None:
@@ -84,18 +86,29 @@ class Muon(torch.optim.AdamW):
         torch._foreach_lerp_(momenta, grads, 1 - MUON_MOMENTUM)
         ahead = torch._foreach_lerp(grads, momenta, MUON_MOMENTUM)  # Nesterov's look ahead
         torch._foreach_mul_(params, 1 - rate * group["weight_decay"])
-        parts = [
-            (weight, step)
-            for p, step_of_p, rows in zip(params, ahead, group["rows"], strict=True)
-            for weight, step in zip(p.split(rows), step_of_p.split(rows), strict=True)
-        ]
-        for shape in sorted({tuple(step.shape) for _, step in parts}):
-            alike = [(weight, step) for weight, step in parts if tuple(step.shape) == shape]
-            steps_NRC = orthogonalized(torch.stack([step.to(self.dtype) for _, step in alike]))
-            steps_NRC = steps_NRC.to(rate.dtype) * (-rate * max(1.0, shape[0] / shape[1]) ** 0.5)
-            torch._foreach_add_([weight for weight, _ in alike], list(steps_NRC.unbind(0)))
+        for few in _in_batches(params):
+            steps = [whole(ahead[i]) for i in few]
+            parts = [part for i, step in zip(few, steps, strict=True) for part in step.split(group["rows"][i])]
+            for shape in sorted({tuple(part.shape) for part in parts}):
+                alike = [part for part in parts if tuple(part.shape) == shape]
+                steps_NRC = orthogonalized(torch.stack([part.to(self.dtype) for part in alike]))
+                steps_NRC = steps_NRC.to(rate.dtype) * (-rate * max(1.0, shape[0] / shape[1]) ** 0.5)
+                torch._foreach_copy_(alike, list(steps_NRC.unbind(0)))
+            torch._foreach_add_([params[i] for i in few], [like(s, params[i]) for i, s in zip(few, steps, strict=True)])
         for p in params:
             p.grad = None
+
+
+def _in_batches(params: list[Tensor]) -> Iterator[list[int]]:
+    """Their numbers, so many together that the matrices are worth a batch and their copies do not fill a device."""
+    batch, elements = [0], params[0].numel()
+    for i, p in enumerate(params[1:], 1):
+        if elements + p.numel() > MUON_BATCH:
+            yield batch
+            batch, elements = [], 0
+        batch.append(i)
+        elements += p.numel()
+    yield batch
 
 
 def orthogonalized(m_NRC: Tensor) -> Tensor:
@@ -158,8 +171,8 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.parameters: list[Tensor] = list(model.parameters())
-        self.averages = [p.detach().clone() for p in self.parameters]
+        self.parameters: list[Tensor] = [local(p.detach()) for p in model.parameters()]
+        self.averages = [p.clone() for p in self.parameters]
         self.decay = decay
 
     @torch.no_grad()

@@ -33,6 +33,7 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.picture = path / "loss.png"
+        self.launch = path / ".launch"  # by which start of torchrun the run was begun
         self._old, self._returning = path / ".old", path / ".returning"
 
     def snapshot(self, step: int) -> Path:
@@ -54,6 +55,7 @@ class RunFolder:
         for path in (self.last, self.best, self.config, self.metrics, self.picture, *self.snapshots()):
             if path.exists():
                 path.replace(self._returning / path.name)
+        self.launch.unlink(missing_ok=True)
         self._returning.rename(self._old)
 
     def settle(self) -> None:
@@ -65,7 +67,7 @@ class RunFolder:
             if self.last.exists():
                 shutil.rmtree(self._old)
             else:
-                for path in (self.best, self.config, self.metrics, self.picture):
+                for path in (self.best, self.config, self.metrics, self.picture, self.launch):
                     path.unlink(missing_ok=True)
                 self._old.rename(self._returning)
         if self._returning.is_dir():

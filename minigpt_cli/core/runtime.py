@@ -19,10 +19,12 @@ import torch
 
 from minigpt_cli.core.config import RuntimeConfig, TrainConfig
 from minigpt_cli.core.errors import MinigptError, UserError
+from minigpt_cli.core.world import ALONE, World
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 COMPILE_PAYS_FROM = 120.0  # seconds of training without it
+TRAINING_BYTES = 16  # per parameter: the weight, its gradient, and AdamW's two moments, in float32
 HALF_FROM_PARAMETERS = 1_000_000  # from here on reading weights, not calling operators, is what decoding waits for
 
 # Dense bf16 (fp16 where there is none) tensor-core TFLOP/s by the vendors' data sheets, for model FLOPs utilisation.
@@ -40,6 +42,9 @@ class Runtime:
     precision: str  # fp32 | bf16 | fp16
     compile: bool
     notes: tuple[str, ...] = ()
+    world: World = ALONE
+    parallel: str = "none"  # none | ddp | fsdp
+    checkpoint_activations: bool = False
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Matrix products in the chosen precision; weights, norms and the loss stay in float32."""
@@ -90,8 +95,8 @@ class Runtime:
 
     @property
     def records(self) -> bool:
-        """Whether work can be recorded and replayed here."""
-        return self.device.type == "cuda"
+        """Whether work can be recorded and replayed here. What ranks exchange, and draw again, is not recorded."""
+        return self.device.type == "cuda" and self.world.size == 1 and not self.checkpoint_activations
 
     @property
     def read_every(self) -> int:
@@ -113,6 +118,7 @@ class Workload:
     steps: int
     layers: int
     flops_per_step: float
+    parameters: int = 0
 
     def eager_seconds(self, peak: float | None) -> float:
         """About how long it takes without compiling: by arithmetic at 40 % of the peak, or by the launches of some 120
@@ -121,15 +127,23 @@ class Workload:
         return self.steps * max(arithmetic, self.layers * 120 * 8e-6)
 
 
-def choose_runtime(config: RuntimeConfig, *, width: int, rows: int, workload: Workload | None = None) -> Runtime:
+def choose_runtime(
+    config: RuntimeConfig, *, width: int, rows: int, workload: Workload | None = None, world: World = ALONE
+) -> Runtime:
     """Turn `auto` into decisions for this machine; `width` and `rows` are the sizes of the model's matrix products.
 
-    `workload` tells whether compiling pays; without one it does not. Raises UserError when the config asks for what
-    the machine has not.
+    `workload` tells whether compiling pays; without one it does not. All ranks of `world` decide alike. Raises
+    UserError when the config asks for what the machine has not.
     """
-    device, notes = _choose_device(config.device)
+    with world.together():
+        device, notes = _choose_device(config.device, world)
     precision, note = _choose_precision(config.precision, device, width, rows)
     notes += [note] if note else []
+    precision = world.texts(precision)[0]  # a measured choice could fall otherwise on another rank
+    parallel, note = _choose_parallel(config.parallel, device, workload, world)
+    notes += [note] if note else []
+    if parallel == "fsdp" and precision == "fp16":
+        raise UserError("precision fp16 does not go with parallel fsdp; use bf16, fp32, or parallel ddp")
     seconds = workload.eager_seconds(peak_flops(device)) if workload else None
     compiling, why = _choose_compile(config.compile, device, seconds)
     notes += [why] if why else []
@@ -138,7 +152,23 @@ def choose_runtime(config: RuntimeConfig, *, width: int, rows: int, workload: Wo
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; without it cuBLAS may vary
         torch.use_deterministic_algorithms(True)
-    return Runtime(device, precision, compiling, tuple(notes))
+    return Runtime(device, precision, compiling, tuple(notes), world, parallel, config.checkpoint_activations)
+
+
+def _choose_parallel(
+    asked: str, device: torch.device, workload: Workload | None, world: World
+) -> tuple[str, str | None]:
+    if world.size == 1:
+        return "none", None if asked in ("auto", "none") else f"parallel: none, {asked} takes several ranks (torchrun)"
+    if asked == "none":
+        raise UserError(f"runtime.parallel none, but {world.size} ranks were started; choose auto, ddp or fsdp")
+    if asked != "auto":
+        return asked, None
+    needed = TRAINING_BYTES * (workload.parameters if workload else 0)
+    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    if world.any(there is not None and needed > 0.7 * there):
+        return "fsdp", f"parallel: fsdp, weights and optimizer ({needed / 1e9:,.0f} GB) fill a device"
+    return "ddp", f"parallel: ddp, {world.size} ranks with a copy of the model each"
 
 
 def _choose_compile(asked: bool | str, device: torch.device, seconds: float | None) -> tuple[bool, str | None]:
@@ -159,7 +189,7 @@ def choose_decoding_runtime(config: RuntimeConfig, n_parameters: int) -> Runtime
     `auto` depends on the machine and the model only, never on a measurement: the same seed must give the same text.
     Raises UserError when the config asks for what the machine has not.
     """
-    device, notes = _choose_device(config.device)
+    device, notes = _choose_device(config.device, ALONE)
     if config.precision != "auto":
         precision, _ = _choose_precision(config.precision, device, 1, 1)
     elif device.type == "cuda":
@@ -178,7 +208,7 @@ def seed_everything(*key: int) -> None:
 
 
 @contextlib.contextmanager
-def memory_advice(config: TrainConfig, device: torch.device) -> Iterator[None]:
+def memory_advice(config: TrainConfig, device: torch.device, ranks: int = 1) -> Iterator[None]:
     """Where memory runs out inside the block, a MinigptError names the micro batch that trains the same in less."""
     try:
         yield
@@ -186,8 +216,8 @@ def memory_advice(config: TrainConfig, device: torch.device) -> Iterator[None]:
         no_memory = ("out of memory", "not enough memory", "allocate memory")
         if isinstance(error, RuntimeError) and not any(words in str(error).lower() for words in no_memory):
             raise
-        batch, rows = config.batch_size, config.batch_size // config.accumulation
-        smaller = max((d for d in range(1, rows // 2 + 1) if batch % d == 0), default=None)
+        batch, rows = config.batch_size, config.micro_batch_size or config.batch_size // ranks
+        smaller = max((d for d in range(1, rows // 2 + 1) if batch % (d * ranks) == 0), default=None)
         remedy = f"--set train.micro_batch_size={smaller} trains the same in less" if smaller else "use a smaller model"
         raise MinigptError(f"out of memory on {device} with {rows:,} sequences at a time; {remedy}") from None
 
@@ -257,7 +287,9 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _choose_device(asked: str) -> tuple[torch.device, list[str]]:
+def _choose_device(asked: str, world: World) -> tuple[torch.device, list[str]]:
+    if world.size > 1 and (asked in ("auto", "mps") or asked.startswith("cuda")):
+        return _device_of_rank(asked, world)
     if asked == "auto":
         found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device(found), [f"device: {found}"]
@@ -270,6 +302,17 @@ def _choose_device(asked: str) -> tuple[torch.device, list[str]]:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device mps was asked for, but this machine has none; try --device cpu")
     return device, []
+
+
+def _device_of_rank(asked: str, world: World) -> tuple[torch.device, list[str]]:
+    if asked == "mps" or ":" in asked:
+        raise UserError(f"device {asked} is one device, but {world.size} ranks were started; use cuda or cpu")
+    there = torch.cuda.device_count()
+    if asked == "auto" and not there:
+        return torch.device("cpu"), ["device: cpu"]
+    if world.local_rank >= there:
+        raise UserError(f"rank {world.rank} is number {world.local_rank + 1} on its host, which has {there} GPUs")
+    return torch.device("cuda", world.local_rank), [f"device: cuda, {world.size} ranks"]
 
 
 def _choose_precision(asked: str, device: torch.device, width: int, rows: int) -> tuple[str, str | None]:

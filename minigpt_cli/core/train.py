@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minigpt_cli.core import checkpoint
 from minigpt_cli.core.checkpoint import MODEL, OPTIMIZER, Checkpoint, Progress
@@ -24,10 +24,11 @@ from minigpt_cli.core.errors import MinigptError
 from minigpt_cli.core.evaluate import evaluate
 from minigpt_cli.core.generate import Sampling, generate
 from minigpt_cli.core.metrics import Listener
-from minigpt_cli.core.model import GPT, lm_loss
+from minigpt_cli.core.model import GPT, initial_weights, lm_loss
 from minigpt_cli.core.optim import WeightAverage, learning_rate_at, make_optimizer, set_learning_rate
 from minigpt_cli.core.run import BackgroundSaver, RunFolder
-from minigpt_cli.core.runtime import Runtime, first_line, memory_advice, seed_everything
+from minigpt_cli.core.runtime import DTYPES, Runtime, first_line, memory_advice, seed_everything
+from minigpt_cli.core.sharding import like, replicate, shard, whole, without_exchange
 from minigpt_cli.core.tokenizer import Tokenizer, from_json
 
 SAMPLE_TOKENS = 200
@@ -48,18 +49,21 @@ class Statistics:
 
 
 def train_step(
-    model: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
     micro_batches: Sequence[tuple[Tensor, Tensor]], config: Config, runtime: Runtime, statistics: Statistics, step: int,
 ) -> None:  # fmt: skip
     """One optimizer step over `micro_batches`, pairs (x, y) of equal shape (B, T). Reads nothing back to the host.
 
+    Every rank has as many of the same shape, so the mean over ranks of their means is that over all tokens.
     When the loss or the gradient is not finite, this step and every later one leave the weights as they are, and
     `statistics.failed_at` says where that began. (With fp16 an overflowing gradient is the scaler's business.)
     """
     statistics.step.fill_(step)
+    n, alone = len(micro_batches), runtime.world.size == 1
     for i, (x_BT, y_BT) in enumerate(micro_batches):
-        seed_everything(config.train.seed, step, i)  # the dropout masks
-        _accumulate(model, scaler, x_BT, y_BT, len(micro_batches), runtime, statistics)
+        seed_everything(config.train.seed, step, runtime.world.rank * n + i)  # dropout masks, by place in the batch
+        with contextlib.nullcontext() if alone or i == n - 1 else without_exchange(model):
+            _accumulate(model, scaler, x_BT, y_BT, n, runtime, statistics)
     _update(optimizer, scaler, config, statistics)
 
 
@@ -74,10 +78,11 @@ class TrainStep:
     WARM_UP = 3  # ordinary steps, which allocate what a recording refers to
 
     def __init__(
-        self, model: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
         config: Config, runtime: Runtime, statistics: Statistics, note: Callable[[str], None] = lambda message: None,
     ) -> None:  # fmt: skip
-        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.model = replicate(model, runtime.device) if runtime.parallel == "ddp" else model
+        self.optimizer, self.scaler = optimizer, scaler
         self.config, self.runtime, self.statistics, self.note = config, runtime, statistics, note
         self.recordable = runtime.records and config.train.accumulation == 1 and not scaler.is_enabled()
         self.taken = 0
@@ -136,9 +141,9 @@ def _update(
     """Clip, and move the weights by the gradients that were gathered."""
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if config.train.grad_clip:
-        torch.nn.utils.clip_grads_with_norm_(parameters, config.train.grad_clip, norm)
+        nn.utils.clip_grads_with_norm_(parameters, config.train.grad_clip, norm)
     if not scaler.is_enabled():
         _latch_failure(statistics, norm)
         optimizer.found_inf = (statistics.failed_at >= 0).float()  # type: ignore[attr-defined] # fused AdamW skips then
@@ -172,7 +177,7 @@ def train(
     `stop` is asked after every step; when it answers with something true the run saves and returns. Raises
     MinigptError when the loss or the gradient is not finite, or when a checkpoint cannot be written.
     """
-    with memory_advice(config.train, runtime.device):
+    with memory_advice(config.train, runtime.device, runtime.world.size):
         trainer = Trainer(config, dataset, folder, runtime, listeners, resume, stop)
         try:
             reason = trainer.run()
@@ -190,15 +195,18 @@ class Trainer:
         resume: Checkpoint | None, stop: Callable[[], object],
     ) -> None:  # fmt: skip
         self.config, self.dataset, self.folder, self.runtime = config, dataset, folder, runtime
-        self.listeners, self.stop = listeners, stop
+        self.world = runtime.world
+        self.listeners = listeners if self.world.leads else []
+        self.stop = lambda: self.world.any(stop())  # all ranks stop at the same step
+        self.pieces = config.train.pieces(self.world.size)
         checkpoint.require_storable(dataset.meta.tokenizer)
         self.tokenizer: Tokenizer = from_json(dataset.meta.tokenizer)
         self.batches = Batches(
             dataset.train, config.model.block_size, config.train.batch_size,
             seed=config.train.seed, sampling=config.data.sampling, device=runtime.device,
+            rows=self.world.share(config.train.batch_size),
         )  # fmt: skip
-        seed_everything(config.train.seed)
-        self.model = resume.model(runtime.device) if resume else make_model(config, self.tokenizer, runtime)
+        self.model = make_model(config, self.tokenizer.vocab_size, runtime, resume.part(MODEL) if resume else None)
         self.optimizer = make_optimizer(self.model, config.train, runtime.update_dtype)
         self.scaler = runtime.scaler()
         self.statistics = Statistics.zeros(runtime.device)
@@ -208,7 +216,7 @@ class Trainer:
         self.progress = Progress(precision=runtime.precision)
         if resume:
             self._restore(resume)
-        example_BT = self.batches.in_pieces(0, config.train.accumulation)[0][0]
+        example_BT = self.batches.in_pieces(0, self.pieces)[0][0]
         note = runtime.wrap(self.model, self.model.blocks, example_BT)
         if note:
             self._note(note)
@@ -255,15 +263,14 @@ class Trainer:
             return "stopped"
         if train.patience is not None and progress.worse >= train.patience:
             return "patience"
-        if train.max_minutes is not None and self._seconds() >= 60 * train.max_minutes:
+        if train.max_minutes is not None and self.world.any(self._seconds() >= 60 * train.max_minutes):
             return "time"
         return None
 
     def _step(self) -> None:
         step, train = self.progress.step, self.config.train
         set_learning_rate(self.optimizer, learning_rate_at(step, train) / train.learning_rate)
-        pieces = self.batches.in_pieces(step, train.accumulation)
-        self.train_step(pieces, step)
+        self.train_step(self.batches.in_pieces(step, self.pieces), step)
         if self.average is not None:
             self.average.update(step)
         self.progress.step = step + 1
@@ -277,7 +284,7 @@ class Trainer:
         """
         progress, train = self.progress, self.config.train
         self._check_finite()
-        loss = self.statistics.loss_sum.item() / (progress.step - progress.logged_at)
+        loss = self._loss_sum() / (progress.step - progress.logged_at)
         if progress.step % train.log_interval == 0:
             self.statistics.loss_sum.zero_()
             progress.logged_at = progress.step
@@ -289,6 +296,10 @@ class Trainer:
             tokens_per_second=tokens / (now - log_from[1]),
         )
         return progress.step, now
+
+    def _loss_sum(self) -> float:
+        """Of the steps since the last log, each step's mean over all ranks."""
+        return self.world.total(self.statistics.loss_sum).item() / self.world.size
 
     def _evaluate(self, *, scheduled: bool = True) -> bool:
         """Score the validation split; true if no evaluation of this run was better.
@@ -315,6 +326,8 @@ class Trainer:
         return True
 
     def _sample(self) -> None:
+        if not self.world.leads and self.runtime.parallel != "fsdp":  # a sliced model takes every rank to run
+            return
         generator = torch.Generator(self.runtime.device).manual_seed(self.config.train.seed)
         prompt = torch.zeros(1, 1, dtype=torch.long, device=self.runtime.device)
         with self._averaged(), self.runtime.uncompiled(), self.runtime.autocast():
@@ -332,7 +345,7 @@ class Trainer:
         progress, folder = self.progress, self.folder
         if progress.evaluated_at < progress.step:
             self._check_weights()
-        progress.loss_sum, progress.seconds = self.statistics.loss_sum.item(), self._seconds()
+        progress.loss_sum, progress.seconds = self._loss_sum(), self._seconds()
         progress.scaler = self.scaler.state_dict()
         header = {
             "config": self.config.model_dump(), "tokenizer": self.dataset.meta.tokenizer, "step": progress.step,
@@ -342,20 +355,31 @@ class Trainer:
             "weights": "trained" if self.average is None else "averaged",
         }  # fmt: skip
         with self._averaged():
-            weights = {MODEL + name: _to_host(tensor) for name, tensor in self.model.state_dict().items()}
+            weights = self._to_host({MODEL + name: tensor for name, tensor in self.model.state_dict().items()})
         files = [(folder.best, weights)] if best else []
         if last:
             moments = {
-                f"{OPTIMIZER}{name}.{key}": _to_host(value)
+                f"{OPTIMIZER}{name}.{key}": value
                 for name, parameter in self.model.named_parameters()
                 for key, value in self.optimizer.state[parameter].items()
             }
             if self.average is not None:  # `model` holds the averages: these are what training goes on with
-                moments |= {f"{OPTIMIZER}{n}.{TRAINED}": _to_host(p) for n, p in self.model.named_parameters()}
+                moments |= {f"{OPTIMIZER}{name}.{TRAINED}": p for name, p in self.model.named_parameters()}
+            moments = self._to_host(moments)
             paths = [folder.last, *([folder.snapshot(progress.step)] if self.config.train.keep else [])]
             files += [(path, weights | moments) for path in paths]
             self.saved_at = progress.step
-        self.saver.submit(files, header)
+        if self.world.leads:
+            self.saver.submit(files, header)
+
+    def _to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies on the CPU of rank 0; nothing elsewhere. Slices are gathered one tensor at a time."""
+        copies = {}
+        for name, tensor in tensors.items():
+            tensor = whole(tensor.detach())
+            if self.world.leads:
+                copies[name] = tensor.to("cpu", copy=True)
+        return copies
 
     def _saved(self, path: Path, step: int) -> None:
         if path == self.folder.last:
@@ -370,11 +394,13 @@ class Trainer:
         self.statistics.loss_sum.fill_(self.progress.loss_sum)
         parameters = dict(self.model.named_parameters())
         for name, tensor in saved.part(OPTIMIZER).items():
-            parameter, _, key = name.rpartition(".")
+            name, _, key = name.rpartition(".")
+            parameter = parameters[name]
             if key == TRAINED:
-                parameters[parameter].data.copy_(tensor)
-            else:
-                self.optimizer.state[parameters[parameter]][key] = tensor.to(self.runtime.device)
+                parameter.data.copy_(like(tensor, parameter.data))
+            else:  # a moment, or a count of steps
+                value = like(tensor, parameter.data) if tensor.ndim else tensor.to(self.runtime.device)
+                self.optimizer.state[parameter][key] = value
         if self.progress.scaler and self.scaler.is_enabled():
             self.scaler.load_state_dict(self.progress.scaler)
 
@@ -383,7 +409,7 @@ class Trainer:
         return self.average.swapped() if self.average is not None else contextlib.nullcontext()
 
     def _check_finite(self) -> None:
-        if (step := int(self.statistics.failed_at)) >= 0:
+        if (step := self.world.largest(int(self.statistics.failed_at))) >= 0:
             raise self._diverged(step)
 
     def _check_weights(self) -> None:
@@ -399,11 +425,12 @@ class Trainer:
     def _diverged(self, step: int) -> MinigptError:
         self.saver.wait()
         kept = f"{self.folder.last} is as it was" if self.folder.last.exists() else "no checkpoint was written"
-        return MinigptError(
+        error = MinigptError(
             f"the loss or its gradient is not finite at step {step}; {kept}. "
             f"Lower train.learning_rate (now {self.config.train.learning_rate:g}), add train.warmup_iters, "
             "or set train.grad_clip=1.0"
         )
+        return self.world.everyones(error)
 
     def _record(self, **values: float) -> None:
         record = {"step": self.progress.step, **values, "seconds": round(self._seconds(), 3)}
@@ -420,10 +447,24 @@ class Trainer:
         return time.perf_counter() - self.started
 
 
-def make_model(config: Config, tokenizer: Tokenizer, runtime: Runtime) -> GPT:
-    """A fresh model on its device, drawn on the CPU, so that every device starts from the same weights."""
-    return GPT(config.model, tokenizer.vocab_size).to(runtime.device)
+def make_model(config: Config, vocab_size: int, runtime: Runtime, weights: Mapping[str, Tensor] | None = None) -> GPT:
+    """The model where it will be trained: with `weights` (whole, by name), or as `train.seed` draws them.
 
-
-def _to_host(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
+    They are drawn on the CPU, so that every device starts from the same. A sliced model is never whole in memory.
+    """
+    seed_everything(config.train.seed)
+    if weights is None and runtime.parallel != "fsdp":
+        model = GPT(config.model, vocab_size).to(runtime.device)
+    else:
+        with torch.device("meta"):
+            model = GPT(config.model, vocab_size)
+        if runtime.parallel == "fsdp":
+            shard(model, model.blocks, runtime.device, DTYPES[runtime.precision])
+        model.to_empty(device=runtime.device)
+        if config.model.tie_weights:
+            model.head.weight = model.token_embedding.weight
+        with torch.no_grad():
+            for name, weight in initial_weights(model) if weights is None else weights.items():
+                model.get_parameter(name).copy_(like(weight, model.get_parameter(name)))
+    model.checkpoint_activations = runtime.checkpoint_activations
+    return model
