@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from minigpt_cli.commands.console import Debug, note, print_table, size
+from minigpt_cli.core.errors import UserError
+
+if TYPE_CHECKING:
+    from minigpt_cli.core.config import Config
+    from minigpt_cli.core.world import World
 
 
 def bench(
@@ -47,26 +52,45 @@ def bench(
 
     Example: minigpt bench --config gpt --set train.batch_size=8 --json
     """
-    from dataclasses import asdict
-    from pathlib import Path
-
-    import torch
-
     from minigpt_cli.core.config import load_config, parse_override
-    from minigpt_cli.core.dataset import Dataset, require_known_tokens, require_window
-    from minigpt_cli.core.measure import measure_decoding, measure_training, random_tokens
-    from minigpt_cli.core.model import GPT
-    from minigpt_cli.core.runtime import choose_decoding_runtime, choose_runtime, describe_device
-    from minigpt_cli.core.tokenizer import from_json
-    from minigpt_cli.extras.baselines import race, require
+    from minigpt_cli.core.world import joined
+    from minigpt_cli.extras.baselines import require
 
     names = [name.strip() for text in baseline or [] for name in text.split(",")]
     require(names)
     overrides = [parse_override(text) for text in settings or []]
     overrides += [("runtime.device", device)] if device is not None else []
     chosen = load_config(config, overrides)
-    rows = chosen.train.batch_size // chosen.train.accumulation * chosen.model.block_size
-    runtime = choose_runtime(chosen.runtime, width=chosen.model.n_embd, rows=rows)
+    with joined() as world:
+        if names and world.size > 1:
+            raise world.everyones(UserError("--baseline compares single processes; leave torchrun out"))
+        result = _measure(chosen, names, world, steps=steps, tokens=tokens, streams=streams, seconds=seconds)
+    if not world.leads:
+        return
+    if as_json:
+        print(json.dumps(result))
+    else:
+        _print(result, f"bench {config}")
+
+
+def _measure(
+    chosen: Config, names: list[str], world: World, *, steps: int, tokens: int, streams: int, seconds: float
+) -> dict[str, Any]:
+    from dataclasses import asdict
+    from pathlib import Path
+
+    import torch
+
+    from minigpt_cli.core.dataset import Dataset, require_known_tokens, require_window
+    from minigpt_cli.core.measure import measure_decoding, measure_training, random_tokens
+    from minigpt_cli.core.model import GPT
+    from minigpt_cli.core.runtime import choose_decoding_runtime, choose_runtime, describe_device
+    from minigpt_cli.core.tokenizer import from_json
+    from minigpt_cli.extras.baselines import race
+
+    with world.together():
+        rows = chosen.train.batch_size // (world.size * chosen.train.pieces(world.size)) * chosen.model.block_size
+    runtime = choose_runtime(chosen.runtime, width=chosen.model.n_embd, rows=rows, world=world)
     if Path(chosen.data.path).is_dir():
         dataset = Dataset(chosen.data.path)
         data, vocab_size, corpus = dataset.train, from_json(dataset.meta.tokenizer).vocab_size, chosen.data.path
@@ -80,7 +104,9 @@ def bench(
     for line in runtime.notes:
         note(line)
     training = measure_training(chosen, data, vocab_size, runtime, steps=steps, max_seconds=seconds)
-    decoding = measure_decoding(chosen, vocab_size, decoder, streams=streams, tokens=tokens, max_seconds=seconds)
+    decoding = None
+    if world.leads:
+        decoding = measure_decoding(chosen, vocab_size, decoder, streams=streams, tokens=tokens, max_seconds=seconds)
     baselines: dict[str, Any] = {}
     if names:
         races = race(
@@ -96,25 +122,33 @@ def bench(
         "flops_utilisation": training.flops_utilisation, "decode_streams": streams, "data": corpus,
         "device": describe_device(runtime.device), "precision": runtime.precision,
         "decode_precision": decoder.precision, "compiled": runtime.compile, "torch": torch.__version__,
-    } | ({"baselines": baselines} if baselines else {})  # fmt: skip
-    if as_json:
-        print(json.dumps(result))
-        return
-    mfu = training.flops_utilisation
+        "ranks": world.size, "parallel": runtime.parallel,
+    }  # fmt: skip
+    return result | ({"baselines": baselines} if baselines else {})
+
+
+def _print(result: dict[str, Any], title: str) -> None:
+    mfu, streams = result["flops_utilisation"], result["decode_streams"]
+    first, compiled = result["first_step_seconds"], ", compiled" if result["compiled"] else ""
+    ranks = f", {result['ranks']} ranks ({result['parallel']})" if result["ranks"] > 1 else ""
     rows_shown = [
-        ("training", f"{training.tokens_per_second:,.0f} tokens/s"),
-        ("one step", f"{training.step_seconds * 1e3:,.1f} ms (the first, cold: {training.first_step_seconds:,.1f} s)"),
-        ("decoding", f"{decoding:,.0f} tokens/s ({streams} stream{'s' if streams > 1 else ''}, {decoder.precision})"),
-        ("peak memory", size(training.peak_memory_bytes)),
+        ("training", f"{result['train_tokens_per_second']:,.0f} tokens/s"),
+        ("one step", f"{result['step_seconds'] * 1e3:,.1f} ms (the first, cold: {first:,.1f} s)"),
+        (
+            "decoding",
+            f"{result['decode_tokens_per_second']:,.0f} tokens/s "
+            f"({streams} stream{'s' if streams > 1 else ''}, {result['decode_precision']})",
+        ),
+        ("peak memory", size(result["peak_memory_bytes"])),
         ("model FLOPs utilisation", f"{mfu:.1%}" if mfu is not None else "unknown: no data-sheet peak for this device"),
         ("parameters", f"{result['parameters']:,}"),
-        ("data", corpus),
-        ("device", f"{result['device']}, {runtime.precision}{', compiled' if runtime.compile else ''}"),
+        ("data", result["data"]),
+        ("device", f"{result['device']}, {result['precision']}{compiled}{ranks}"),
     ]
-    for name, race_ in baselines.items():
+    for name, race_ in result.get("baselines", {}).items():
         rows_shown += [
             (f"against {name}", race_["what"]),
             ("  its training", f"{race_['train_tokens_per_second']:,.0f} tokens/s; ours {race_['train_ratio']:.2f}x"),
             ("  its decoding", f"{race_['decode_tokens_per_second']:,.0f} tokens/s; ours {race_['decode_ratio']:.1f}x"),
         ]
-    print_table(f"bench {config}", rows_shown)
+    print_table(title, rows_shown)

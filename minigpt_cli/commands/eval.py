@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from minigpt_cli.core.evaluate import Score
     from minigpt_cli.core.model import GPT
     from minigpt_cli.core.runtime import Runtime
+    from minigpt_cli.core.world import World
 
 
 def evaluate(
@@ -41,17 +42,32 @@ def evaluate(
     """
     if split not in ("val", "train"):
         raise UserError(f"--split {split}: val or train")
+    from minigpt_cli.core.world import joined
+
+    with joined() as world:
+        result, title = _measure(ckpt, data, split, device, world)
+    if not world.leads:
+        return
+    if as_json:
+        print(json.dumps(result))
+    else:
+        _print(result, title)
+
+
+def _measure(ckpt: Path, data: Path | None, split: str, device: str, world: World) -> tuple[dict[str, Any], str]:
+    """All the numbers, and what they are of. Ranks share the work."""
     from minigpt_cli.core.checkpoint import load
     from minigpt_cli.core.config import RuntimeConfig, parse_section
     from minigpt_cli.core.evaluate import baselines, text_size
     from minigpt_cli.core.runtime import choose_runtime
 
-    checkpoint = load(ckpt, weights_only=True)
-    config, tokenizer = checkpoint.config, checkpoint.tokenizer
-    precision = "fp32" if checkpoint.header.progress.precision == "fp32" else "auto"  # as it was trained, or exactly
-    wanted = parse_section(RuntimeConfig, {"device": device, "precision": precision}, "--device")
-    runtime = choose_runtime(wanted, width=config.model.n_embd, rows=16384)
-    tokens, train = _find_tokens(checkpoint, data, split)
+    with world.together():
+        checkpoint = load(ckpt, weights_only=True)
+        config, tokenizer = checkpoint.config, checkpoint.tokenizer
+        precision = "fp32" if checkpoint.header.progress.precision == "fp32" else "auto"  # as trained, or exactly
+        wanted = parse_section(RuntimeConfig, {"device": device, "precision": precision}, "--device")
+        tokens, train = _find_tokens(checkpoint, data, split)
+    runtime = choose_runtime(wanted, width=config.model.n_embd, rows=16384, world=world)
     model = checkpoint.model(runtime.device)
     score = _score(model, tokens, runtime, str(data or config.data.path))
     characters, n_bytes = text_size(tokens, tokenizer)
@@ -68,10 +84,7 @@ def evaluate(
         if split == "val":
             other = _score(model, train[-len(tokens) :], runtime, "the end of the training split")
             result |= {"train_loss": other.loss, "gap": score.loss - other.loss}
-    if as_json:
-        print(json.dumps(result))
-    else:
-        _print(result, f"{ckpt}, step {checkpoint.header.step:,}, on {data or config.data.path}")
+    return result, f"{ckpt}, step {checkpoint.header.step:,}, on {data or config.data.path}"
 
 
 def _find_tokens(checkpoint: Checkpoint, data: Path | None, split: str) -> tuple[Tokens, Tokens | None]:

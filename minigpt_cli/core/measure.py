@@ -24,7 +24,7 @@ class TrainingSpeed:
     step_seconds: float  # median of the steady state
     tokens_per_second: float
     first_step_seconds: float  # cold: allocation, and compiling where that is on
-    peak_memory_bytes: int
+    peak_memory_bytes: int  # of the rank that used most
     flops_utilisation: float | None  # model FLOP/s over the device's dense 16-bit peak; None where that is unknown
     loss: float  # mean over the measured steps: proof that they were real
 
@@ -65,7 +65,7 @@ def measure_training(
     median, tokens_per_step = statistics.median(seconds), train.batch_size * config.model.block_size
     peak = peak_flops(runtime.device)
     return TrainingSpeed(
-        median, tokens_per_step / median, first, peak_memory_bytes(runtime.device),
+        median, tokens_per_step / median, first, world.largest(peak_memory_bytes(runtime.device)),
         model.flops_per_token() * tokens_per_step / median / (peak * world.size) if peak else None,
         world.total(counters.loss_sum).item() / world.size / (len(seconds) + 1),
     )  # fmt: skip
