@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ import torch
 
 from minigpt_cli.core.config import Config, parse_config
 from minigpt_cli.core.dataset import Dataset
-from minigpt_cli.core.metrics import Listener
-from minigpt_cli.core.run import RunFolder
+from minigpt_cli.core.metrics import JsonLines, Listener
+from minigpt_cli.core.run import RunFolder, open_run
 from minigpt_cli.core.runtime import Runtime
-from minigpt_cli.core.train import Result
+from minigpt_cli.core.train import Result, train
 
 RunTraining = Callable[..., "tuple[RunFolder, Recorder, Result]"]
 CPU = Runtime(torch.device("cpu"), "fp32", compile=False)
@@ -112,3 +113,22 @@ class Recorder(Listener):
 
     def losses(self, key: str) -> dict[int, float]:
         return {record["step"]: record[key] for record in self.records if key in record}
+
+
+def run_in(
+    path: Path, dataset: Dataset, config: Config, runtime: Runtime, recorder: Recorder, *, resume: bool = False
+) -> tuple[RunFolder, Recorder, Result]:
+    """A run as the command makes one: of several ranks, the first holds the folder and writes the metrics."""
+    with open_run(path) if runtime.world.leads else nullcontext(RunFolder(path)) as folder:
+        saved = folder.newest()[0] if resume else None
+        evaluated = saved is not None and saved.header.val_loss is not None
+        listeners: list[Any] = [recorder]
+        if runtime.world.leads:
+            at = saved.header.step if saved else None
+            listeners.append(JsonLines(folder.metrics, resume_at=at, evaluated=evaluated))
+        try:
+            result = train(config, dataset, folder, runtime, listeners, resume=saved, stop=recorder.stop)
+        finally:
+            for metrics in listeners[1:]:
+                metrics.close()
+    return folder, recorder, result

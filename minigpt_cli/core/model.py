@@ -201,6 +201,8 @@ def initial_weights(model: GPT) -> Iterator[tuple[str, Tensor]]:
                 key: None if p is None else nn.Parameter(torch.empty(p.shape)) for key, p in module._parameters.items()
             }
             initialise(drawn)
+            if module is model.head and model.config.tie_weights and initialise is not _init_gpt2:
+                del drawn._parameters["weight"]  # the constructor drops it for the embedding's
             yield from ((f"{name}.{key}", p.data) for key, p in drawn._parameters.items() if p is not None)
     if model.config.zero_init:
         for i in range(model.config.n_layer):

@@ -8,6 +8,7 @@ they are used. Such a slice is a DTensor: it has the shape of the whole and hold
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -35,6 +36,7 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device, d
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # of logits that are a view: none is changed
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for part in (*blocks, model):

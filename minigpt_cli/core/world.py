@@ -150,8 +150,7 @@ def joined() -> Iterator[World]:
     except RuntimeError as error:
         if not _is_lost_contact(error):
             raise
-        reason = str(error).strip().splitlines()[0]
-        raise MinigptError(f"lost contact with another rank, which may have died ({reason})") from None
+        raise MinigptError("lost contact with another rank, which may have died; --resume goes on") from error
     dist.destroy_process_group()  # not after an error: it would wait for ranks that may be gone
 
 

@@ -1,0 +1,186 @@
+"""Several ranks are one: the same batches, the same losses, the same checkpoint, whatever their number."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minigpt_cli.core.config import Config
+from minigpt_cli.core.dataset import Dataset
+from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.metrics import read_metrics
+from minigpt_cli.core.model import GPT, initial_weights
+from minigpt_cli.core.runtime import choose_runtime
+from minigpt_cli.core.world import World
+from runs import CPU, MODEL_CHOICES, Recorder, run_in, small_config, write_dataset
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+TESTS = Path(__file__).parents[1]
+MODERN = {
+    "optimizer": "muon", "lr_schedule": "wsd", "warmup_iters": 2, "sampling": "epoch", "position": "rope",
+    "norm": "rmsnorm", "qk_norm": True, "mlp": "swiglu", "n_kv_head": 1, "zero_init": True, "logit_softcap": 15.0,
+    "grad_clip": 0.5, "dropout": 0.0,
+}  # fmt: skip
+PLAIN = {"dropout": 0.0, "sample_interval": 6}
+SPLIT = {"batch_size": 8, "micro_batch_size": 1, "dropout": 0.2}  # masks belong to a place in the batch
+TIED = {"dropout": 0.0, "tie_weights": True, "bias_head": False, "ema": 0.8, "patience": 9, "init": "torch"}
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": (PLAIN, {}),
+    "modern": (MODERN, {}),
+    "split": (SPLIT, {}),
+    "tied": (TIED, {"checkpoint_activations": True}),
+}
+COUNTED = {"batch_size": 8, "max_iters": 2, "eval_interval": 99, "log_interval": 99, "checkpoint_interval": 99}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    text = " ".join(["the king and queen of winter", "come to speak no more, my lord;", "what say you? Exeunt."] * 60)
+    write_dataset(folder / "data", text)
+    return folder
+
+
+def launch(place: Path, ranks: int, jobs: list[dict[str, Any]]) -> None:
+    file = place / f"jobs{ranks}.json"
+    file.write_text(json.dumps(jobs))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+        str(TESTS / "ranks.py"), str(file), str(place / "data"),
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def job(name: str, case: str, parallel: str, **more: Any) -> dict[str, Any]:
+    changes, runtime = CASES[case]
+    return {"name": name, "changes": changes, "runtime": runtime, "parallel": parallel, **more}
+
+
+@pytest.fixture(scope="module")
+def alone(place: Path) -> dict[str, Path]:
+    """The folders of the same runs on one rank; "parts" is stopped on the way, for others to go on with."""
+    dataset = Dataset(place / "data")
+    for case, (changes, _) in CASES.items():
+        run_in(place / case, dataset, small_config(**changes), CPU, Recorder())
+    run_in(place / "parts", dataset, small_config(**PLAIN), CPU, Recorder(stop_at=5))
+    return {case: place / case for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def two(place: Path, alone: dict[str, Path]) -> Path:
+    """What two ranks make of all cases."""
+    jobs = [job(f"{case} {way} 2", case, way) for case in CASES for way in ("ddp", "fsdp")]
+    for way in ("ddp", "fsdp"):
+        for case in ("modern", "tied"):
+            name = f"resumed {case} {way} 2"
+            jobs += [job(name, case, way, stop_at="no rank 0"), job(name, case, way, resume=True)]
+        for pieces in (1, 4):
+            changes = COUNTED | {"micro_batch_size": 4 // pieces}
+            jobs.append({"name": f"counted {way} {pieces}", "changes": changes, "parallel": way, "count": True})
+    jobs += [job("for more", "plain", "fsdp", stop_at=7), job("parts", "plain", "ddp", resume=True)]
+    launch(place, 2, jobs)
+    return place
+
+
+@pytest.fixture(scope="module")
+def four(place: Path, two: Path) -> Path:
+    """Four ranks, one of whose runs two ranks began; and one rank that ends what two began."""
+    jobs = [job(f"plain {way} 4", "plain", way) for way in ("ddp", "fsdp")]
+    launch(place, 4, [*jobs, job("for more", "plain", "ddp", resume=True)])
+    return place
+
+
+def assert_close(ours: Path, expected: Path) -> None:
+    """Equal to rounding: weights, moments, losses."""
+    for name in ("last.safetensors", "best.safetensors"):
+        left, right = load_file(ours / name), load_file(expected / name)
+        assert left.keys() == right.keys()
+        for key in left:
+            torch.testing.assert_close(left[key], right[key], rtol=1e-3, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}")
+    told = [
+        [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second", "sample")} for line in metrics]
+        for metrics in map(read_metrics, (ours / "metrics.jsonl", expected / "metrics.jsonl"))
+    ]
+    assert [line.keys() for line in told[0]] == [line.keys() for line in told[1]]
+    for line, reference in zip(*told, strict=True):
+        assert line == pytest.approx(reference, rel=2e-5, abs=2e-5)
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_learn_what_one_learns(two: Path, case: str, way: str) -> None:
+    assert_close(two / f"{case} {way} 2", two / case)
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_four_ranks_learn_what_one_learns(four: Path, way: str) -> None:
+    assert_close(four / f"plain {way} 4", four / "plain")
+
+
+@pytest.mark.parametrize("name", ["parts", "for more"], ids=["one, then two", "two, then four"])
+def test_a_run_goes_on_with_another_number_of_ranks(four: Path, name: str) -> None:
+    assert_close(four / name, four / "plain")
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("case", ["modern", "tied"])
+def test_ranks_stop_together_and_resume_to_the_bit(two: Path, case: str, way: str) -> None:
+    """One rank was asked to stop, and not the one that writes."""
+    whole, parts = (load_file(two / f"{name}{case} {way} 2" / "last.safetensors") for name in ("", "resumed "))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_gradients_are_exchanged_once_a_step(two: Path, way: str) -> None:
+    """As many reductions with four micro batches as with one: slices of weights are gathered, gradients wait."""
+    whole, pieces = (json.loads((two / f"counted {way} {n}" / "exchanged.json").read_text()) for n in (1, 4))
+    assert whole["gloo:all_reduce"] > 2 * COUNTED["max_iters"]
+    assert pieces["gloo:all_reduce"] == whole["gloo:all_reduce"]
+
+
+@pytest.mark.parametrize("changes", [*MODEL_CHOICES[::7], {"init": "torch", "tie_weights": True}, {"zero_init": True}])
+def test_weights_are_drawn_alike_with_and_without_memory(changes: dict[str, Any]) -> None:
+    config = small_config(**changes).model
+    torch.manual_seed(3)
+    expected = GPT(config, 11)
+    torch.manual_seed(4)
+    model = GPT(config, 11)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, weight in initial_weights(model):
+            model.get_parameter(name).copy_(weight)
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused_with_one_that_they_can() -> None:
+    assert small_config(batch_size=12, micro_batch_size=2).train.pieces(3) == 2
+    assert small_config(batch_size=12).train.pieces(3) == 1
+    with pytest.raises(UserError, match=r"12 cannot be shared by 5 ranks in micro batches of 2; try 10 or 20"):
+        small_config(batch_size=12, micro_batch_size=2).train.pieces(5)
+    with pytest.raises(UserError, match=r"micro batches of 1; try 16"):
+        small_config(batch_size=12).train.pieces(16)
+
+
+def test_one_process_ignores_what_takes_several() -> None:
+    config = Config.model_validate({"runtime": {"device": "cpu", "precision": "fp32", "parallel": "fsdp"}})
+    runtime = choose_runtime(config.runtime, width=16, rows=8)
+    assert runtime.parallel == "none"
+    assert any("torchrun" in line for line in runtime.notes)
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(0, slice(0, 3)), (1, slice(3, 6)), (3, slice(9, 12))])
+def test_shares_are_equal_and_in_order(rank: int, expected: slice) -> None:
+    assert World(rank, 4).share(12) == expected
