@@ -9,14 +9,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from minigpt_cli.core.errors import MinigptError, ToldElsewhere, UserError
 
 if TYPE_CHECKING:  # torch takes a second to import, which one process alone may not need
     from torch import Tensor
+    from torch.distributed import Store
 
 
 @dataclass(frozen=True)
@@ -145,13 +149,41 @@ def joined() -> Iterator[World]:
     if torch.cuda.is_available():
         torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=_fresh_store(world), rank=world.rank, world_size=world.size)
         yield world
     except RuntimeError as error:
         if not _is_lost_contact(error):
             raise
         raise MinigptError("lost contact with another rank, which may have died; --resume goes on") from error
     dist.destroy_process_group()  # not after an error: it would wait for ranks that may be gone
+
+
+def _fresh_store(world: World) -> Store:
+    """A place for the ranks to leave one another their addresses, with nothing in it from before.
+
+    torchrun's own outlives the processes that it starts again, which may then find the addresses of the dead
+    (pytorch#135712). So rank 0 opens a room of a new name, and lets in whoever knocks: a rank that came to an old room
+    does not find its knock answered there, and looks for another.
+    """
+    import torch.distributed as dist
+
+    shared: Store = next(iter(dist.rendezvous("env://", world.rank, world.size)))[0]
+    if world.leads:
+        room = secrets.token_hex(8)
+        shared.set("room", room)
+        knocks = [shared.get(f"{room}/{rank}").decode() for rank in range(1, world.size)]  # waits for each
+        shared.set(f"{room}/guests", ",".join(knocks))
+        return dist.PrefixStore(room, shared)
+    knock = secrets.token_hex(8)
+    while True:
+        room = shared.get("room").decode()
+        shared.set(f"{room}/{world.rank}", knock)
+        with contextlib.suppress(dist.DistStoreError):  # nobody opened within a second
+            shared.wait([f"{room}/guests"], timedelta(seconds=1))
+            if knock in shared.get(f"{room}/guests").decode():
+                return dist.PrefixStore(room, shared)
+        time.sleep(0.05)
 
 
 def _is_lost_contact(error: RuntimeError) -> bool:
