@@ -20,6 +20,7 @@ FLOORS = [
     {"layers"},
     {"model"},
     {"checkpoint", "evaluate", "generate", "optim"},
+    {"shards"},
     {"run"},
     {"train"},
     {"measure", "verdict"},

@@ -144,6 +144,7 @@ def _run(
     from minigpt_cli.core.files import atomic_write
     from minigpt_cli.core.metrics import JsonLines, plot_losses, read_metrics
     from minigpt_cli.core.run import RunFolder, check_resumable, open_run
+    from minigpt_cli.core.shards import open_sharded
     from minigpt_cli.core.signals import StopSignals
     from minigpt_cli.core.train import train as run_training
     from minigpt_cli.core.verdict import verdict
@@ -159,7 +160,7 @@ def _run(
         start = world.texts(str(saved.path) if saved else "")[0]
         with world.together():
             if start and not world.leads:
-                saved = checkpoint.load(start)
+                saved = open_sharded(Path(start), check=False) if Path(start).is_dir() else checkpoint.load(start)
             changed = (
                 check_resumable(saved, config, dataset, allow_data_change=allow_data_change)
                 if saved is not None
@@ -209,7 +210,10 @@ def _run(
         for line in verdict(result, read_metrics(folder.metrics), config):
             print(safe(line))
         best = shlex.quote(str(result.best or result.last))
-        print(safe(f"Sample from it: minigpt sample --ckpt {best} --tokens 500"))
+        if config.runtime.checkpoints == "sharded":
+            print(safe(f"Make one file of it: minigpt export --ckpt {best} --to file best.safetensors"))
+        else:
+            print(safe(f"Sample from it: minigpt sample --ckpt {best} --tokens 500"))
 
 
 def _where_to_start(
@@ -217,7 +221,7 @@ def _where_to_start(
 ) -> Checkpoint | None:
     """The checkpoint to go on from; None for a new run. Raises UserError where the folder is not free for one."""
     if world.restarts and folder.launch.exists() and folder.launch.read_text() == (world.launch or ""):
-        resume, overwrite = folder.last.exists(), True  # torchrun started this very run before, and a rank died
+        resume, overwrite = folder.has_last(), True  # torchrun started this very run before, and a rank died
     if folder.holds_run() and not (resume or overwrite):
         raise UserError(
             f"{folder.path} already holds a run: --resume goes on with it, --overwrite replaces it, "

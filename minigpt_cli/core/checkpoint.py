@@ -28,6 +28,7 @@ from minigpt_cli.core.files import MAX_JSON_BYTES, atomic_write, bounded_json, t
 from minigpt_cli.core.model import GPT
 
 FORMAT_VERSION = 1
+SHARDED = ".sharded"  # how the name of a folder ends that holds a checkpoint in parts (shards.py)
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 MODEL, OPTIMIZER = "model.", "optimizer."  # prefixes of tensor names
@@ -157,6 +158,8 @@ def read_header(path: Path) -> Header:
     """The verified header alone: cheap, whatever the size of the file. Raises as `load` does."""
     try:
         size = path.stat().st_size
+        if path.suffix == SHARDED and path.is_dir():
+            raise UserError(f"{path}: in parts; make one file of it: minigpt export --ckpt {path} --to file OUT")
         if not path.is_file():
             raise UserError(f"{path}: not a file")
         with path.open("rb") as file:

@@ -143,6 +143,7 @@ class RuntimeConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: Literal["auto"] | bool = "auto"
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"  # under torchrun: copies of the model, or slices
+    checkpoints: Literal["file", "sharded"] = "file"  # gathered in one file; or a folder with a part from every rank
     checkpoint_activations: bool = False  # compute each block again on the way back, instead of keeping its insides
     deterministic: bool = False  # bit-for-bit repeatable on CUDA too; slower there, free on the CPU
 

@@ -16,11 +16,12 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from minigpt_cli.core import checkpoint
-from minigpt_cli.core.checkpoint import Checkpoint
+from minigpt_cli.core.checkpoint import SHARDED, Checkpoint
 from minigpt_cli.core.config import Config, config_difference
 from minigpt_cli.core.dataset import Dataset
 from minigpt_cli.core.errors import CheckpointError, UserError
 from minigpt_cli.core.files import TEMPORARY
+from minigpt_cli.core.shards import open_sharded
 
 
 class RunFolder:
@@ -43,8 +44,28 @@ class RunFolder:
         """Numbered snapshots, oldest first."""
         return sorted(self.path.glob("step-*.safetensors"))
 
+    def sharded(self, kind: str, step: int) -> Path:
+        """Where a checkpoint of `kind` (last or best) goes as a folder of shards."""
+        return self.path / f"{kind}-{step:08d}{SHARDED}"
+
+    def shards(self, kind: str = "*") -> list[Path]:
+        """Sharded checkpoints, oldest first."""
+        return sorted(self.path.glob(f"{kind}-????????{SHARDED}"))
+
     def holds_run(self) -> bool:
-        return any(path.exists() for path in (self.last, self.best, self.metrics, *self.snapshots()))
+        return any(path.exists() for path in (self.metrics, *self._checkpoints()))
+
+    def has_last(self) -> bool:
+        return self.last.exists() or bool(self.shards("last"))
+
+    def _checkpoints(self) -> list[Path]:
+        return [self.last, self.best, *self.snapshots(), *self.shards()]
+
+    def drop(self, kind: str, keep: Path) -> None:
+        """Remove what `keep` replaces: the other files and folders of its kind."""
+        for path in (self.path / f"{kind}.safetensors", *self.shards(kind)):
+            if path != keep:
+                remove(path)
 
     def set_aside(self) -> None:
         """Make room for a new run: the files of the old one, and nothing else, wait in `.old` until `settle`.
@@ -52,7 +73,7 @@ class RunFolder:
         They gather in `.returning`, which is renamed when it has them all: killed before, they simply go back.
         """
         self._returning.mkdir(exist_ok=True)
-        for path in (self.last, self.best, self.config, self.metrics, self.picture, *self.snapshots()):
+        for path in (self.config, self.metrics, self.picture, *self._checkpoints()):
             if path.exists():
                 path.replace(self._returning / path.name)
         self.launch.unlink(missing_ok=True)
@@ -64,11 +85,11 @@ class RunFolder:
         Killed at any point, the next call goes on from there.
         """
         if self._old.is_dir() and not self._returning.is_dir():
-            if self.last.exists():
+            if self.has_last():
                 shutil.rmtree(self._old)
             else:
-                for path in (self.best, self.config, self.metrics, self.picture, self.launch):
-                    path.unlink(missing_ok=True)
+                for path in (self.config, self.metrics, self.picture, self.launch, *self._checkpoints()):
+                    remove(path)
                 self._old.rename(self._returning)
         if self._returning.is_dir():
             for path in self._returning.iterdir():
@@ -81,14 +102,14 @@ class RunFolder:
         `last` and the snapshots hold everything; `best` holds weights only and is the last resort. Raises UserError
         if there is none, CheckpointError if none verifies.
         """
-        complete = [path for path in (self.last, *reversed(self.snapshots())) if path.exists()]
-        candidates = [*complete, *([self.best] if self.best.exists() else [])]
+        complete = [*reversed(self.shards("last")), self.last, *reversed(self.snapshots())]
+        candidates = [path for path in (*complete, self.best) if path.exists()]
         if not candidates:
             raise UserError(f"{self.path}: no checkpoint to resume from; run without --resume to start")
         problems = []
         for path in candidates:
             try:
-                found = checkpoint.load(path)
+                found = open_sharded(path) if path.suffix == SHARDED else checkpoint.load(path)
             except CheckpointError as error:
                 problems.append(str(error))
                 continue
@@ -98,6 +119,14 @@ class RunFolder:
                 problems.append("it has no optimizer state: the next steps will not be exactly those of the lost run")
             return found, problems
         raise CheckpointError("; ".join(problems))
+
+
+def remove(path: Path) -> None:
+    """A file, or a folder and all that is in it, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class BackgroundSaver:
@@ -148,8 +177,8 @@ def open_run(path: Path) -> Iterator[RunFolder]:
     try:
         folder = RunFolder(path)
         for stale in path.glob(f"{TEMPORARY}*.*"):
-            if stale.is_file():
-                stale.unlink()
+            if stale.is_file() or stale.suffix == SHARDED:
+                remove(stale)
         folder.settle()  # the run that was to replace another was killed
         owner = path / ".owner.json"
         owner.write_text(json.dumps({"pid": os.getpid(), "host": platform.node()}))

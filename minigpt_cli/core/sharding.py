@@ -40,7 +40,8 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device, d
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for part in (*blocks, model):
-        fully_shard(part, mesh=mesh, mp_policy=precision)
+        # The rest too is let go of after each pass: else evaluating would leave it gathered, and old by the next step.
+        fully_shard(part, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
 
 
 def without_exchange(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
@@ -73,9 +74,9 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def like(tensor: Tensor, model_of_it: Tensor) -> Tensor:
-    """A whole tensor sliced as `model_of_it` is, or as it is; moved to its device. Exchanges nothing."""
+    """A tensor sliced as `model_of_it` is, if it is, and moved to its device. Exchanges nothing."""
     tensor = tensor.to(model_of_it.device)
-    if not _is_sliced(model_of_it):
+    if not _is_sliced(model_of_it) or _is_sliced(tensor):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 

@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minigpt_cli.core import checkpoint
+from minigpt_cli.core import checkpoint, shards
 from minigpt_cli.core.checkpoint import MODEL, OPTIMIZER, Checkpoint, Progress
 from minigpt_cli.core.config import Config
 from minigpt_cli.core.dataset import Batches, Dataset
@@ -183,8 +184,9 @@ def train(
             reason = trainer.run()
         finally:
             trainer.saver.close()
-    best = folder.best if folder.best.exists() else None
-    return Result(reason, trainer.progress, trainer.progress.tokens_seen / len(dataset.train), best, folder.last)
+    epochs = trainer.progress.tokens_seen / len(dataset.train)
+    best = next((path for path in (folder.best, *folder.shards("best")) if path.exists()), None)
+    return Result(reason, trainer.progress, epochs, best, next(iter(folder.shards("last")), folder.last))
 
 
 class Trainer:
@@ -210,12 +212,15 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, config.train, runtime.update_dtype)
         self.scaler = runtime.scaler()
         self.statistics = Statistics.zeros(runtime.device)
+        moments: Mapping[str, Tensor] = {}
+        if resume:
+            moments = self._read_shards(resume.path) if resume.path.is_dir() else resume.part(OPTIMIZER)
         self.average: WeightAverage | None = None  # of the weights, which is what `model` is judged and kept by
         if config.train.ema is not None:
             self.average = WeightAverage(self.model, config.train.ema)
         self.progress = Progress(precision=runtime.precision)
         if resume:
-            self._restore(resume)
+            self._restore(resume, moments)
         example_BT = self.batches.in_pieces(0, self.pieces)[0][0]
         note = runtime.wrap(self.model, self.model.blocks, example_BT)
         if note:
@@ -354,23 +359,49 @@ class Trainer:
             "dataset_fingerprint": self.dataset.meta.fingerprint, "progress": progress.model_copy(),
             "weights": "trained" if self.average is None else "averaged",
         }  # fmt: skip
+        if last:
+            self.saved_at = progress.step
+        if self.config.runtime.checkpoints == "sharded":
+            self._save_shards(header, last=last, best=best)
+            return
         with self._averaged():
-            weights = self._to_host({MODEL + name: tensor for name, tensor in self.model.state_dict().items()})
+            weights = self._to_host(self._weights())
         files = [(folder.best, weights)] if best else []
         if last:
-            moments = {
-                f"{OPTIMIZER}{name}.{key}": value
-                for name, parameter in self.model.named_parameters()
-                for key, value in self.optimizer.state[parameter].items()
-            }
-            if self.average is not None:  # `model` holds the averages: these are what training goes on with
-                moments |= {f"{OPTIMIZER}{name}.{TRAINED}": p for name, p in self.model.named_parameters()}
-            moments = self._to_host(moments)
+            moments = self._to_host(self._moments())
             paths = [folder.last, *([folder.snapshot(progress.step)] if self.config.train.keep else [])]
             files += [(path, weights | moments) for path in paths]
-            self.saved_at = progress.step
         if self.world.leads:
             self.saver.submit(files, header)
+
+    def _save_shards(self, header: dict[str, Any], *, last: bool, best: bool) -> None:
+        """Every rank writes its slices, while training waits; what they replace goes when they are whole."""
+        for kind in (["best"] if best else []) + (["last"] if last else []):
+            path = self.folder.sharded(kind, self.progress.step)
+            if path.exists():  # stopped right after it was written
+                continue
+            moments = self._moments() if kind == "last" else {}
+            moments = {name: m.clone() if name.endswith(TRAINED) else m for name, m in moments.items()}
+            with self._averaged():
+                shards.save(path, self._weights() | moments, header, self.world)
+            if self.world.leads:
+                self.folder.drop(kind, keep=path)
+                self.folder.settle()
+                self._tell(lambda listener, path=path: listener.saved(path, self.progress.step))  # type: ignore[misc]
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {MODEL + name: tensor.detach() for name, tensor in self.model.state_dict().items()}
+
+    def _moments(self) -> dict[str, Tensor]:
+        """The optimizer's tensors; and the weights that training goes on with, where the model keeps averages."""
+        moments = {
+            f"{OPTIMIZER}{name}.{key}": value
+            for name, parameter in self.model.named_parameters()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        if self.average is not None:
+            moments |= {f"{OPTIMIZER}{name}.{TRAINED}": p.detach() for name, p in self.model.named_parameters()}
+        return moments
 
     def _to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies on the CPU of rank 0; nothing elsewhere. Slices are gathered one tensor at a time."""
@@ -383,17 +414,20 @@ class Trainer:
 
     def _saved(self, path: Path, step: int) -> None:
         if path == self.folder.last:
+            self.folder.drop("last", keep=path)  # shards of an earlier session
             self.folder.settle()  # what --overwrite set aside may go now
+        if path == self.folder.best:
+            self.folder.drop("best", keep=path)
         if self.config.train.keep:
             for old in self.folder.snapshots()[: -self.config.train.keep]:
                 old.unlink(missing_ok=True)
         self._tell(lambda listener: listener.saved(path, step))
 
-    def _restore(self, saved: Checkpoint) -> None:
+    def _restore(self, saved: Checkpoint, moments: Mapping[str, Tensor]) -> None:
         self.progress = saved.header.progress.model_copy(update={"precision": self.runtime.precision})
         self.statistics.loss_sum.fill_(self.progress.loss_sum)
         parameters = dict(self.model.named_parameters())
-        for name, tensor in saved.part(OPTIMIZER).items():
+        for name, tensor in moments.items():
             name, _, key = name.rpartition(".")
             parameter = parameters[name]
             if key == TRAINED:
@@ -403,6 +437,19 @@ class Trainer:
                 self.optimizer.state[parameter][key] = value
         if self.progress.scaler and self.scaler.is_enabled():
             self.scaler.load_state_dict(self.progress.scaler)
+
+    def _read_shards(self, path: Path) -> dict[str, Tensor]:
+        """Fill the weights from a sharded checkpoint; the optimizer's tensors, sliced as the weights are."""
+        parameters = dict(self.model.named_parameters())
+        moments = {
+            name: torch.zeros_like(parameters[name.removeprefix(OPTIMIZER).rpartition(".")[0]].detach())
+            if shape
+            else torch.zeros((), device=self.runtime.device)
+            for name, shape in shards.shapes(path).items()
+            if name.startswith(OPTIMIZER)
+        }
+        shards.load(path, self._weights() | moments)
+        return {name.removeprefix(OPTIMIZER): tensor for name, tensor in moments.items()}
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         """Inside the block the model holds the weights that it is judged by."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minigpt_cli.core import shards
+from minigpt_cli.core.checkpoint import load
 from minigpt_cli.core.config import Config
 from minigpt_cli.core.dataset import Dataset
-from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.errors import MinigptError, UserError
 from minigpt_cli.core.metrics import read_metrics
 from minigpt_cli.core.model import GPT, initial_weights
+from minigpt_cli.core.run import RunFolder, open_run
 from minigpt_cli.core.runtime import choose_runtime
 from minigpt_cli.core.world import World
 from runs import CPU, MODEL_CHOICES, Recorder, run_in, small_config, write_dataset
@@ -32,7 +37,10 @@ MODERN = {
 }  # fmt: skip
 PLAIN = {"dropout": 0.0, "sample_interval": 6}
 SPLIT = {"batch_size": 8, "micro_batch_size": 1, "dropout": 0.2}  # masks belong to a place in the batch
-TIED = {"dropout": 0.0, "tie_weights": True, "bias_head": False, "ema": 0.8, "patience": 9, "init": "torch"}
+TIED = {
+    "dropout": 0.0, "tie_weights": True, "bias_head": False, "ema": 0.8, "init": "torch",
+    "learning_rate": 0.1, "eval_interval": 1,  # so that some evaluations are not the best, and nothing is saved there
+}  # fmt: skip
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": (PLAIN, {}),
     "modern": (MODERN, {}),
@@ -88,6 +96,11 @@ def two(place: Path, alone: dict[str, Path]) -> Path:
         for pieces in (1, 4):
             changes = COUNTED | {"micro_batch_size": 4 // pieces}
             jobs.append({"name": f"counted {way} {pieces}", "changes": changes, "parallel": way, "count": True})
+    in_parts = CASES["tied"][0] | {"checkpoints": "sharded"}
+    jobs += [
+        {"name": "in parts", "changes": in_parts, "parallel": "fsdp", "runtime": CASES["tied"][1]},
+        {"name": "parts for more", "changes": in_parts, "parallel": "fsdp", "stop_at": 5},
+    ]
     jobs += [job("for more", "plain", "fsdp", stop_at=7), job("parts", "plain", "ddp", resume=True)]
     launch(place, 2, jobs)
     return place
@@ -97,7 +110,8 @@ def two(place: Path, alone: dict[str, Path]) -> Path:
 def four(place: Path, two: Path) -> Path:
     """Four ranks, one of whose runs two ranks began; and one rank that ends what two began."""
     jobs = [job(f"plain {way} 4", "plain", way) for way in ("ddp", "fsdp")]
-    launch(place, 4, [*jobs, job("for more", "plain", "ddp", resume=True)])
+    jobs += [job("for more", "plain", "ddp", resume=True), job("parts for more", "tied", "ddp", resume=True)]
+    launch(place, 4, jobs)
     return place
 
 
@@ -128,9 +142,51 @@ def test_four_ranks_learn_what_one_learns(four: Path, way: str) -> None:
     assert_close(four / f"plain {way} 4", four / "plain")
 
 
-@pytest.mark.parametrize("name", ["parts", "for more"], ids=["one, then two", "two, then four"])
-def test_a_run_goes_on_with_another_number_of_ranks(four: Path, name: str) -> None:
-    assert_close(four / name, four / "plain")
+@pytest.mark.parametrize(
+    ("name", "case"), [("parts", "plain"), ("for more", "plain"), ("parts for more", "tied")],
+    ids=["one, then two", "two, then four", "shards of two, then four and a file"],
+)  # fmt: skip
+def test_a_run_goes_on_with_another_number_of_ranks(four: Path, name: str, case: str) -> None:
+    assert_close(four / name, four / case)
+    assert not RunFolder(four / name).shards()
+
+
+def test_shards_hold_what_a_file_holds(two: Path) -> None:
+    folder = RunFolder(two / "in parts")
+    for kind, steps in (("last", [12]), ("best", [load(two / "tied fsdp 2" / "best.safetensors").header.step])):
+        assert [path.name for path in folder.shards(kind)] == [f"{kind}-{step:08d}.sharded" for step in steps]
+        whole = load(two / "tied fsdp 2" / f"{kind}.safetensors")
+        parts = {name: torch.empty(shape) for name, shape in shards.shapes(folder.shards(kind)[0]).items()}
+        shards.load(folder.shards(kind)[0], parts)
+        assert parts.keys() == whole.tensors.keys()
+        assert all(torch.equal(parts[name], tensor) for name, tensor in whole.tensors.items())
+        assert (
+            shards.gathered(folder.shards(kind)[0]).tensors.keys() == load(whole.path, weights_only=True).tensors.keys()
+        )
+    with pytest.raises(UserError, match=r"in parts; make one file of it: minigpt export"):
+        load(folder.shards("best")[0])
+
+
+@pytest.mark.parametrize("damage", ["a bit", "a missing file", "the header", "no header"])
+def test_damaged_shards_are_refused(two: Path, tmp_path: Path, damage: str) -> None:
+    folder = Path(shutil.copytree(RunFolder(two / "in parts").shards("last")[0], tmp_path / "last-00000012.sharded"))
+    part = sorted(folder.glob("shard-*"))[1]
+    target = {"a bit": part, "the header": folder / "header.json"}.get(damage)
+    if target is not None:
+        data = bytearray(target.read_bytes())
+        data[len(data) // 2] ^= 1
+        target.write_bytes(data)
+    else:
+        (part if damage == "a missing file" else folder / "header.json").unlink()
+    with pytest.raises(MinigptError, match=re.escape(str(folder))):
+        shards.open_sharded(folder)
+
+
+def test_shards_that_were_not_finished_are_swept_up(tmp_path: Path) -> None:
+    (tmp_path / "run" / ".tmp-last-00000007.sharded").mkdir(parents=True)
+    with open_run(tmp_path / "run") as folder:
+        assert not folder.holds_run()
+    assert not list((tmp_path / "run").glob(".tmp*"))
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
