@@ -27,8 +27,8 @@ def commands() -> list[list[str]]:
         for line in block.replace("\\\n", " ").splitlines():
             for command in re.split(r"&&|\|", line.partition(" #")[0]):
                 words = shlex.split(command)
-                assert not words or words[0] in ("minigpt", *ELSEWHERE), command
-                found += [words] if words[:1] == ["minigpt"] else []
+                assert not words or words[0] in ("minigpt", "torchrun", *ELSEWHERE), command
+                found += [words] if words and words[0] not in ELSEWHERE else []
     return found
 
 
@@ -42,13 +42,19 @@ def test_every_command_in_the_readme_runs(tmp_path: Path, verse: str) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for words in commands():
-        scaled = list(words[1:])
-        if words[1] in ("train", "bench") and "--help" not in words:
+        begin = words.index("minigpt_cli" if words[0] == "torchrun" else "minigpt")
+        launcher, scaled = words[1 : begin + 1], words[begin + 1 :]
+        program = ["-m", "minigpt_cli"]
+        if launcher:
+            launcher[launcher.index("--nproc-per-node") + 1] = "2"
+            program = ["-m", "torch.distributed.run", *launcher]
+        command = scaled[0]
+        if command in ("train", "bench") and "--help" not in words:
             scaled += [word for setting in TINY for word in ("--set", setting)]
-        if words[1] == "bench":
+        if command == "bench":
             scaled += ["--seconds", "1"]
         done = subprocess.run(
-            [sys.executable, "-m", "minigpt_cli", *scaled],
+            [sys.executable, *program, *scaled],
             cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr}"
