@@ -13,7 +13,7 @@ import minigpt_cli
 
 PACKAGE = Path(minigpt_cli.__file__).parent
 FLOORS = [
-    {"background", "errors", "files", "signals"},
+    {"background", "detokenize", "errors", "files", "signals"},
     {"bpe", "folders", "metrics", "plain_yaml", "textfiles"},
     {"config", "dataset", "sharding", "textstream", "tokenizer", "world"},
     {"corpus", "kernels", "runtime"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,52 +131,14 @@ def _check_arguments(
             raise UserError(message)
 
 
-class _Text:
-    """Tokens in, whole UTF-8 text out; holds back what may yet turn out to be the beginning of the stop text."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: str | None) -> None:
-        self._pieces = tokenizer.token_bytes()
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._stop, self._held, self.ended = stop, "", False
-
-    def add(self, token: int) -> None:
-        if not self.ended:
-            self._grow(self._decoder.decode(self._pieces[token]))
-
-    def take(self) -> str:
-        """The text that is certain by now, once."""
-        if self.ended or self._stop is None:
-            certain = len(self._held)
-        else:  # the longest end of the text that the stop text begins with must wait
-            overlaps = (
-                n
-                for n in range(min(len(self._stop) - 1, len(self._held)), 0, -1)
-                if self._stop.startswith(self._held[-n:])
-            )
-            certain = len(self._held) - next(overlaps, 0)
-        if self._held[certain - 1 : certain] == "\r" and not self.ended:  # half of a Windows line end, perhaps
-            certain -= 1
-        text, self._held = self._held[:certain], self._held[certain:]
-        return text
-
-    def finish(self) -> str:
-        """What was still held back, and a replacement character for half a letter."""
-        if not self.ended:
-            self._grow(self._decoder.decode(b"", final=True))
-        text, self._held, self.ended = self._held, "", True
-        return text
-
-    def _grow(self, piece: str) -> None:
-        self._held += piece
-        if self._stop is not None and self._stop in self._held:
-            self._held, self.ended = self._held[: self._held.index(self._stop)], True
-
-
 def _print_texts(
     stream: Iterator[list[int]], tokenizer: Tokenizer, prompt: str, stop: str | None, raw: bool, count: int
 ) -> None:
     """The first text as it grows; the others, made beside it, when all are done."""
-    texts = [_Text(tokenizer, stop) for _ in range(count)]
+    from minigpt_cli.core.detokenize import Detokenizer
+
+    pieces = tokenizer.token_bytes()
+    texts = [Detokenizer(pieces, [stop] if stop else []) for _ in range(count)]
     try:
         _write(prompt, raw)
         for ids in stream:
@@ -204,7 +165,10 @@ def _print_probabilities(stream: Any, tokenizer: Tokenizer, prompt: str, stop: s
     """A line a token: itself, the model's probability for it (before temperature and cuts), and the five likeliest."""
     from rich.text import Text
 
-    console, pieces, text = stdout(), [_quoted(piece) for piece in tokenizer.token_bytes()], _Text(tokenizer, stop)
+    from minigpt_cli.core.detokenize import Detokenizer
+
+    console, text = stdout(), Detokenizer(tokenizer.token_bytes(), [stop] if stop else [])
+    pieces = [_quoted(piece) for piece in tokenizer.token_bytes()]
     if prompt:
         console.print(Text(safe(prompt)), soft_wrap=True)
     for ids_B, logits_BV in stream:

@@ -60,7 +60,7 @@ def generate(
     new_BT = prompt_BP[:, -window:]
     context = deque(new_BT.split(1, dim=1), maxlen=window)  # the newest tokens, one (B, 1) each
     recorded = RecordedStep(model, cache, prompt_BP.shape[0], record) if record else None
-    threads = ThreadChoice(_thread_numbers(model, prompt_BP))
+    threads = ThreadChoice(thread_numbers(model, prompt_BP.shape[0]))
     finite = torch.ones((), dtype=torch.bool, device=weight.device)
     for n in range(1, n_tokens + 1):
         if cache.length + new_BT.shape[1] > window and (exact_window or not model.slides):
@@ -109,28 +109,43 @@ class RecordedStep:
         device = model.token_embedding.weight.device
         self.model, self.cache, self.record = model, cache, record
         self.ids_B1 = torch.zeros(streams, 1, dtype=torch.long, device=device)
-        self.position_1 = torch.zeros(1, dtype=torch.long, device=device)
+        self.position_B = torch.zeros(streams, dtype=torch.long, device=device)
         self.logits_BV = torch.zeros(streams, model.vocab_size, device=device)
         self.replays: dict[int, Callable[[], None]] = {}
 
-    def __call__(self, ids_B1: Tensor) -> Tensor:
-        """What the model makes of these ids: logits (B, V). The cache grows by one token."""
-        reach = min(self.model.config.block_size, max(64, 1 << self.cache.length.bit_length()))
+    def __call__(self, ids_B1: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """What the model makes of these ids: logits (B, V). The cache grows by one token.
+
+        `lengths`, one for each stream, count instead of the cache's own where the streams differ in length.
+        """
+        longest = self.cache.length if lengths is None else max(lengths)
+        reach = min(self.model.config.block_size, max(64, 1 << longest.bit_length()))
         if reach not in self.replays:
             self.replays[reach] = self.record(lambda: self._work(reach))
         self.ids_B1.copy_(ids_B1)
-        self.position_1.fill_(self.cache.length)
+        if lengths is None:
+            self.position_B.fill_(longest)
+        else:
+            self.position_B.copy_(torch.tensor(lengths))
         self.replays[reach]()
         self.cache.length += 1
         return self.logits_BV.clone()
 
     def _work(self, reach: int) -> None:
-        filled_1S = torch.arange(reach, device=self.ids_B1.device)[None] <= self.position_1
-        self.cache.place = Place(self.position_1, filled_1S)
-        try:
-            self.logits_BV.copy_(self.model(self.ids_B1, self.cache)[:, -1])
-        finally:
-            self.cache.place = None
+        self.logits_BV.copy_(step_at(self.model, self.cache, self.ids_B1, self.position_B, reach))
+
+
+def step_at(model: GPT, cache: KVCache, ids_B1: Tensor, position_B: Tensor, reach: int) -> Tensor:
+    """Logits (B, V) after one more token of each stream, which comes to `position_B` of its own. Device code only.
+
+    Attention looks at the cache's first `reach` slots. Streams may differ in length; `cache.length` does not matter.
+    """
+    filled_BS = torch.arange(reach, device=ids_B1.device) <= position_B[:, None]
+    cache.place = Place(position_B, filled_BS[:, None, None])
+    try:
+        return model(ids_B1, cache)[:, -1]
+    finally:
+        cache.place = None
 
 
 def choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
@@ -169,10 +184,10 @@ def for_decoding(model: GPT, runtime: Runtime) -> GPT:
     return model
 
 
-def _thread_numbers(model: GPT, prompt_BP: Tensor) -> Sequence[int]:
+def thread_numbers(model: GPT, streams: int) -> Sequence[int]:
     """With which numbers of CPU threads a single token may be computed: that must not change what comes out."""
     every = torch.get_num_threads()
-    if not prompt_BP.is_cpu or len(prompt_BP) > 1:
+    if not model.token_embedding.weight.is_cpu or streams > 1:
         return (every,)
     if isinstance(model.head, RowLinear):
         return (1, every)

@@ -5,8 +5,9 @@ Shapes: B batch, T time (new tokens), S slots of the cache, C width, H heads, D 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
@@ -20,19 +21,18 @@ Rotary = tuple[Tensor, Tensor]  # cosines and signed sines of each position's an
 
 @dataclass(frozen=True)
 class Place:
-    """Where one new token goes when only the device knows, so that the step is the same work at every position."""
+    """Where each stream's one new token goes, when only the device knows: the step is the same work at every position,
+    and each stream has its own."""
 
-    position: Tensor  # (1,), from 0
-    filled: Tensor  # (1, S): which of the cache's first S slots hold a token by then
+    position: Tensor  # (B,), from 0
+    filled: Tensor  # (B, 1, 1, S): which of the cache's first S slots hold a token by then
 
 
 class LayerCache:
     """One layer's keys and values of the tokens so far, in buffers of a fixed size: k, v (B, H, block_size, D)."""
 
-    def __init__(self, batch: int, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (batch, config.n_kv_head or config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.k_BHSD = torch.zeros(shape, device=device, dtype=dtype)
-        self.v_BHSD = torch.zeros(shape, device=device, dtype=dtype)
+    def __init__(self, k_BHSD: Tensor, v_BHSD: Tensor) -> None:
+        self.k_BHSD, self.v_BHSD = k_BHSD, v_BHSD
 
     def append(self, start: int | Place, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
         """Write the new tokens' keys and values behind `start` others; return views of all that are kept.
@@ -41,9 +41,10 @@ class LayerCache:
         """
         size, T = self.k_BHSD.shape[2], k_BHTD.shape[2]
         if isinstance(start, Place):
-            slot_1, reach = start.position % size, start.filled.shape[1]
-            self.k_BHSD.index_copy_(2, slot_1, k_BHTD.to(self.k_BHSD.dtype))
-            self.v_BHSD.index_copy_(2, slot_1, v_BHTD.to(self.v_BHSD.dtype))
+            slot_B, reach = start.position % size, start.filled.shape[-1]
+            stream_B = torch.arange(len(slot_B), device=slot_B.device)
+            self.k_BHSD[stream_B, :, slot_B] = k_BHTD[:, :, 0].to(self.k_BHSD.dtype)
+            self.v_BHSD[stream_B, :, slot_B] = v_BHTD[:, :, 0].to(self.v_BHSD.dtype)
             return self.k_BHSD.narrow(2, 0, reach), self.v_BHSD.narrow(2, 0, reach)
         slot = start % size
         self.k_BHSD.narrow(2, slot, T).copy_(k_BHTD)
@@ -56,9 +57,21 @@ class KVCache:
     """What attention has seen, for every layer, and how many tokens that is (Pope et al. 2022, arXiv:2211.05102)."""
 
     def __init__(self, batch: int, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-        self.layers = [LayerCache(batch, config, device, dtype) for _ in range(config.n_layer)]
+        shape = (batch, config.n_kv_head or config.n_head, config.block_size, config.n_embd // config.n_head)
+        zeros = partial(torch.zeros, shape, device=device, dtype=dtype)
+        self.layers = [LayerCache(zeros(), zeros()) for _ in range(config.n_layer)]
         self.length = 0  # tokens it has been given; `GPT.forward` moves it on
         self.place: Place | None = None  # counts instead of `length` where it is set, and is not moved on
+
+    def streams(self, first: int, count: int) -> KVCache:
+        """An empty cache for `count` streams that lies in this one's buffers, from stream `first` on."""
+        part = copy.copy(self)
+        part.layers = [
+            LayerCache(layer.k_BHSD.narrow(0, first, count), layer.v_BHSD.narrow(0, first, count))
+            for layer in self.layers
+        ]
+        part.length, part.place = 0, None
+        return part
 
     def clear(self) -> None:
         """Forget everything. The buffers stay: what lies beyond `length` is never read."""
@@ -138,7 +151,7 @@ class RowLinear(nn.Module):
 
 
 def rotary_table(positions_T: Tensor, head_width: int, base: float) -> Rotary:
-    """How far rotary embedding turns each pair of numbers at each position (Su et al. 2021, arXiv:2104.09864).
+    """How far rotary embedding turns each pair of numbers at each position (Su et al. 2021, arXiv:2104.09864): (T, D).
 
     Pair i is (i, i + D/2), as Llama has it, and turns by position * base^(-2i / D). In float64 where there is such a
     thing: a cache that slides goes to any position.

@@ -89,17 +89,18 @@ class GPT(nn.Module):
             raise ValueError(f"{start + T} tokens do not fit a context of {self.config.block_size}")
         x_BTC = self.token_embedding(idx_BT)
         if self.position_embedding is not None:
-            rows = start.position if isinstance(start, Place) else slice(start, start + T)
+            rows = start.position[:, None] if isinstance(start, Place) else slice(start, start + T)
             x_BTC = x_BTC + self.position_embedding.weight[rows]
         if (dtype := compute_dtype(x_BTC)) == torch.bfloat16:  # the residual stream too: half the traffic
             x_BTC = x_BTC.to(dtype)
         rotary = None
         if self.rotary_width:
-            if isinstance(start, Place):
-                positions_T = start.position
+            if isinstance(start, Place):  # (B, D) -> (B, 1, 1, D): each stream turns by an angle of its own
+                tables = rotary_table(start.position, self.rotary_width, self.config.rope_base)
+                rotary = (tables[0][:, None, None], tables[1][:, None, None])
             else:
                 positions_T = torch.arange(start, start + T, device=idx_BT.device)
-            rotary = rotary_table(positions_T, self.rotary_width, self.config.rope_base)
+                rotary = rotary_table(positions_T, self.rotary_width, self.config.rope_base)
         for i, block in enumerate(self.blocks):
             if self.checkpoint_activations and self.training:  # Chen et al. 2016, arXiv:1604.06174
                 x_BTC = checkpoint(block, x_BTC, rotary, use_reentrant=False)

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from commands.conftest import Done, call, command, environment, on_a_terminal, run
-from minigpt_cli.commands.sample import _Text
 from minigpt_cli.core import checkpoint
+from minigpt_cli.core.detokenize import Detokenizer
 from minigpt_cli.core.tokenizer import ByteTokenizer
 
 BEST = "checkpoints/best.safetensors"
@@ -192,7 +192,7 @@ def test_every_sample_has_its_own_stop(here: Path) -> None:
 
 
 def test_nothing_of_the_stop_text_is_shown_while_it_may_still_come() -> None:
-    shown = _Text(ByteTokenizer(), stop="END.")
+    shown = Detokenizer(ByteTokenizer().token_bytes(), ["END."])
     pieces = []
     for byte in b"an EN, an END, the END. more":
         shown.add(byte)
@@ -203,7 +203,7 @@ def test_nothing_of_the_stop_text_is_shown_while_it_may_still_come() -> None:
 
 
 def test_what_was_held_back_for_a_stop_text_that_never_came_is_shown_in_the_end() -> None:
-    shown = _Text(ByteTokenizer(), stop="END.")
+    shown = Detokenizer(ByteTokenizer().token_bytes(), ["END."])
     for byte in b"the END":
         shown.add(byte)
     assert shown.take() == "the "

@@ -275,7 +275,7 @@ def test_the_clock_decides_how_many_threads_but_not_what_they_compute(
         model.head.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
         prompt, texts = torch.zeros(1, 1, dtype=torch.long), []
         for numbers in ((1, 2), (1,), (2,)):
-            monkeypatch.setattr("minigpt_cli.core.generate._thread_numbers", lambda *_, found=numbers: found)
+            monkeypatch.setattr("minigpt_cli.core.generate.thread_numbers", lambda *_, found=numbers: found)
             steps = list(generate(model, prompt, 30, Sampling(), generator=seeded(1)))
             texts.append(torch.cat([logits for _, logits in steps]))
     assert set(seen[:30]) == {1, 2}
