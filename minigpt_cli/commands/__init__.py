@@ -15,6 +15,7 @@ from minigpt_cli.commands.eval import evaluate
 from minigpt_cli.commands.inspect import inspect
 from minigpt_cli.commands.prepare import prepare
 from minigpt_cli.commands.sample import sample
+from minigpt_cli.commands.serve import serve
 from minigpt_cli.commands.train import train
 
 
@@ -62,7 +63,7 @@ def _global_options(
 
 for name, command in (
     ("prepare", prepare), ("train", train), ("sample", sample), ("eval", evaluate), ("bench", bench),
-    ("inspect", inspect),
+    ("inspect", inspect), ("serve", serve),
 ):  # fmt: skip
     app.command(name)(command)
 
