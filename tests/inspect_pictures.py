@@ -8,8 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent / "extras"))
-from test_inspect_browser import Browser
+from browser import Browser
 
 TOKEN = 36  # in the middle of a name, where the previous token matters
 PARTS = {  # scheme, what the picture ends with, its width

@@ -41,8 +41,9 @@ FOREVER = 10**9  # steps: until a signal comes
 @pytest.fixture(autouse=True)
 def _nothing_is_left_running() -> Iterator[None]:
     """A test that fails halfway must not leave a training run behind."""
+    before = psutil.Process().children()  # a server, or a browser, that other tests share
     yield
-    for child in psutil.Process().children():
+    for child in set(psutil.Process().children()) - set(before):
         if "minigpt_cli" in child.cmdline():
             child.kill()
 

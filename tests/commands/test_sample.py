@@ -18,8 +18,6 @@ import torch
 
 from commands.conftest import Done, call, command, environment, on_a_terminal, run
 from minigpt_cli.core import checkpoint
-from minigpt_cli.core.detokenize import Detokenizer
-from minigpt_cli.core.tokenizer import ByteTokenizer
 
 BEST = "checkpoints/best.safetensors"
 
@@ -189,25 +187,6 @@ def test_every_sample_has_its_own_stop(here: Path) -> None:
     arguments = ["--num-samples", 3, "--seed", 1, "--tokens", 80]
     whole = text_of(sample(*arguments)).split("\n---\n")
     assert text_of(sample(*arguments, "--stop", "e")).split("\n---\n") == [text.partition("e")[0] for text in whole]
-
-
-def test_nothing_of_the_stop_text_is_shown_while_it_may_still_come() -> None:
-    shown = Detokenizer(ByteTokenizer().token_bytes(), ["END."])
-    pieces = []
-    for byte in b"an EN, an END, the END. more":
-        shown.add(byte)
-        pieces.append(shown.take())
-        assert "an EN, an END, the ".startswith("".join(pieces))
-    assert "".join(pieces) + shown.finish() == "an EN, an END, the "
-    assert shown.ended
-
-
-def test_what_was_held_back_for_a_stop_text_that_never_came_is_shown_in_the_end() -> None:
-    shown = Detokenizer(ByteTokenizer().token_bytes(), ["END."])
-    for byte in b"the END":
-        shown.add(byte)
-    assert shown.take() == "the "
-    assert shown.finish() == "END"
 
 
 # --- characters ---

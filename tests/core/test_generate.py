@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minigpt_cli.core.config import ModelConfig
 from minigpt_cli.core.errors import MinigptError
-from minigpt_cli.core.generate import RecordedStep, Sampling, choose, for_decoding, generate, read_back
+from minigpt_cli.core.generate import RecordedStep, Sampling, choose, for_decoding, generate, read_back, step_at
 from minigpt_cli.core.layers import KVCache, RowLinear
 from minigpt_cli.core.model import GPT
 from minigpt_cli.core.runtime import Runtime, cpu_threads
@@ -398,3 +398,34 @@ def test_where_recording_fails_decoding_goes_on_and_says_so(broken_from: int, ti
     found = ids_of(model, prompt, 150, record=Tape(broken_from), note=notes.append)
     assert torch.equal(found, ids_of(model, prompt, 150))
     assert notes == ["CUDA graph: failed, going on without it (operation not permitted when stream is capturing)"]
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_streams_of_different_lengths_step_together_as_each_does_alone(
+    options: dict[str, object], recorded: bool, tiny: Tiny
+) -> None:
+    """Four in one cache, of which a rotary one is past its window; the fifth row is not used and not read."""
+    model = make(tiny(n_head=4, block_size=80, **options))
+    lengths = [3, 70, 1, 95 if model.slides else 40]
+    together = KVCache(5, model.config, torch.device("cpu"), torch.float32)
+    alone = [KVCache(1, model.config, torch.device("cpu"), torch.float32) for _ in lengths]
+    with torch.inference_mode():
+        for i, length in enumerate(lengths):
+            row, ids = together.streams(i, 1), torch.randint(V, (1, length))
+            for cache in (row, alone[i]):
+                for piece in (ids[:, :80], *ids[:, 80:].split(1, dim=1)):
+                    model(piece, cache) if piece.numel() else None
+            assert row.length == length
+        rows = together.streams(0, 4)
+        step = RecordedStep(model, rows, 4, Tape())
+        for _ in range(9):
+            ids_B1 = torch.randint(V, (4, 1))
+            if recorded:
+                found = step(ids_B1, lengths)
+            else:
+                found = step_at(model, rows, ids_B1, torch.tensor(lengths), min(80, max(lengths) + 1))
+            expected = torch.cat([model(ids[None], cache)[:, -1] for ids, cache in zip(ids_B1, alone, strict=True)])
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            lengths = [length + 1 for length in lengths]
+    assert all(not layer.k_BHSD[4].any() for layer in together.layers)

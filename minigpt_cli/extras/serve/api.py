@@ -20,8 +20,9 @@ from minigpt_cli.core.detokenize import Detokenizer
 from minigpt_cli.core.errors import MinigptError, UserError
 from minigpt_cli.core.generate import Sampling
 from minigpt_cli.core.tokenizer import Tokenizer
-from minigpt_cli.extras.serve.engine import Busy, Engine, Likely, Order, Stopping, Stream
+from minigpt_cli.extras.serve.engine import Busy, Engine, Stopping
 from minigpt_cli.extras.serve.request import ApiError, CompletionRequest, parse_request, read_body
+from minigpt_cli.extras.serve.stream import Likely, Order, Stream
 
 MAX_PROMPT_TOKENS = 1 << 16
 FLUSH_SECONDS = 0.02  # between two pieces of a stream: nobody reads faster, and each one costs computing time

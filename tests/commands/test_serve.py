@@ -1,0 +1,82 @@
+"""`minigpt serve` as a user meets it: how it begins, how it ends, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commands.conftest import call
+from served import started
+
+BEST = "checkpoints/best.safetensors"
+
+
+def serve(*arguments: object) -> Any:
+    return call("serve", "--ckpt", BEST, "--port", 0, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--ckpt", "none.safetensors"], 2, "no such checkpoint"),
+        (["--ckpt", "input.txt"], 1, "not a checkpoint"),
+        (["--device", "tpu"], 2, "auto, cpu, cuda"),
+        (["--host", "no.such.host.invalid"], 2, "--host no.such.host.invalid"),
+        (["--host", "192.0.2.1"], 2, "192.0.2.1"),
+        (["--api-key", "two words"], 2, "without spaces"),
+        (["--slots", "0"], 2, "--slots"),
+        (["--port", "70000"], 2, "--port"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_served_is_said_in_one_line(here: Path, arguments: list[str], code: int, says: str) -> None:
+    done = serve(*arguments)
+    assert done.code == code
+    assert says in done.error
+
+
+def test_a_port_in_use_is_said_with_the_remedy(here: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = serve("--port", port)
+    assert done.code == 2
+    assert f"port {port}" in done.error
+    assert "choose another with --port" in done.error
+
+
+def test_without_the_libraries_it_says_what_to_install(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "uvicorn" else found(name, *a))
+    done = serve()
+    assert done.code == 1
+    assert "pip install 'minigpt[serve]'" in done.error
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_told_to_stop_it_finishes_what_runs_and_then_ends(
+    finished: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    """Open to other machines on the way, without a key: which it warns of."""
+    host = ["--host", "0.0.0.0", "--slots", 2] if number == signal.SIGTERM else []
+    with started(finished / BEST, *host, errors=tmp_path / "stderr") as server:
+        assert server.process is not None
+        replies: list[Any] = []
+        asking = threading.Thread(target=lambda: replies.append(server.complete(prompt="the", max_tokens=2000)))
+        asking.start()
+        server.until(running=1)
+        server.process.send_signal(number)
+        asking.join()
+        assert server.process.wait(timeout=20) == code
+        said = (tmp_path / "stderr").read_text().splitlines()
+    assert replies[0].status == 200
+    assert replies[0].json["usage"]["completion_tokens"] == 2000
+    assert said[-1] == "stopped"
+    assert ("lets other machines in" in said[0]) == bool(host)
+    assert f"; {2 if host else 32} texts at a time" in said[-3]
+    assert len(said) == 3 + bool(host)  # and no line for a request
