@@ -68,6 +68,7 @@ class Server:
     port: int
     key: str | None = None
     process: subprocess.Popen[bytes] | None = None
+    errors: Path | None = None
 
     @property
     def url(self) -> str:
@@ -123,7 +124,7 @@ def started(ckpt: Path, *arguments: object, errors: Path, **changes: str) -> Ite
             assert time.monotonic() < deadline, said
             time.sleep(0.02)
         port = int(said.split("serving on http://")[1].split()[0].rpartition(":")[2])
-        yield Server(port, changes.get("MINIGPT_API_KEY"), process)
+        yield Server(port, changes.get("MINIGPT_API_KEY"), process, errors)
     finally:
         process.kill()
         process.wait()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import shlex
@@ -12,18 +14,21 @@ from pathlib import Path
 
 import pytest
 
+from served import started
+
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 TINY = [
     "model.n_layer=1", "model.n_embd=24", "model.block_size=16", "train.batch_size=4", "train.max_iters=6",
     "train.eval_interval=3", "train.warmup_iters=1", "train.sample_interval=null", "train.lr_decay_iters=null",
 ]  # fmt: skip
-ELSEWHERE = ("pip", "pytest", "ruff", "mypy")  # what .ci/run types in
+ELSEWHERE = ("pip", "pytest", "ruff", "mypy", "curl")  # what .ci/run types in, and what is tried on the server
 
 
 def commands() -> list[list[str]]:
     """Each minigpt command of each sh block, split as a shell would."""
     found = []
-    for block in re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S):
+    for block in re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
             for command in re.split(r"&&|\|", line.partition(" #")[0]):
                 words = shlex.split(command)
@@ -34,7 +39,7 @@ def commands() -> list[list[str]]:
 
 @pytest.mark.slow
 def test_every_command_in_the_readme_runs(tmp_path: Path, verse: str) -> None:
-    assert {words[1] for words in commands()} >= {"prepare", "train", "sample", "eval", "bench", "inspect"}
+    assert {words[1] for words in commands()} >= {"prepare", "train", "sample", "eval", "bench", "inspect", "serve"}
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "input.txt").write_text(verse + "ROMEO:")
     (tmp_path / "books").mkdir()
@@ -53,6 +58,9 @@ def test_every_command_in_the_readme_runs(tmp_path: Path, verse: str) -> None:
             scaled += [word for setting in TINY for word in ("--set", setting)]
         if command == "bench":
             scaled += ["--seconds", "1"]
+        if words[1] == "serve":
+            try_server(tmp_path / words[3])
+            continue
         done = subprocess.run(
             [sys.executable, *program, *scaled],
             cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
@@ -60,10 +68,29 @@ def test_every_command_in_the_readme_runs(tmp_path: Path, verse: str) -> None:
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr}"
 
 
+def try_server(ckpt: Path) -> None:
+    """What the README tells to do with a running server, done with one at another port."""
+    section = README.partition("\n## Serve it\n")[2].partition("\n## ")[0]
+    request, program = (
+        re.findall(rf"^```{kind}\n({start}.*?)^```", section, re.M | re.S)[0]
+        for kind, start in (("sh", "curl"), ("python", ""))
+    )
+    with started(ckpt, errors=ckpt.parent / "stderr") as server:
+        here = f"127.0.0.1:{server.port}"
+        if shutil.which("curl"):
+            words = shlex.split(request.replace("\\\n", " ").replace("127.0.0.1:8000", here))
+            answer = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+            assert answer.startswith("data: {")
+            assert answer.endswith("data: [DONE]\n\n")
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            exec(program.replace("127.0.0.1:8000", here), {})
+        assert said.getvalue()
+
+
 def test_the_two_commands_stand_where_scripts_look_for_them() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
     for heading, contains in (("Quick start", "minigpt sample"), ("Tests", "pytest")):
-        block = re.search(rf"^## {heading}\n.*?^```sh\n(.*?)^```", text, re.M | re.S)
+        block = re.search(rf"^## {heading}\n.*?^```sh\n(.*?)^```", README, re.M | re.S)
         assert block is not None
         assert block[1].count("\n") == 1, "one line"
         assert contains in block[1]
@@ -92,7 +119,7 @@ def test_the_wheel_runs_without_the_repository(tmp_path: Path) -> None:
     shipped = {path.stem for path in (tmp_path / "site" / "minigpt_cli" / "configs").glob("*.yaml")}
     assert shipped == {path.stem for path in (ROOT / "configs").glob("*.yaml")}
     assert (tmp_path / "site" / "minigpt_cli" / "data" / "sources.yaml").is_file()
-    shown = ROOT / "minigpt_cli" / "extras" / "inspect"
-    pieces = {path.relative_to(shown) for kind in ("static/*", "templates/*") for path in shown.glob(kind)}
-    assert len(pieces) > 10
-    assert all((tmp_path / "site" / "minigpt_cli" / "extras" / "inspect" / piece).is_file() for piece in pieces)
+    extras = ROOT / "minigpt_cli" / "extras"
+    pieces = {path.relative_to(extras) for kind in ("*/static/*", "*/templates/*") for path in extras.glob(kind)}
+    assert len(pieces) > 13
+    assert all((tmp_path / "site" / "minigpt_cli" / "extras" / piece).is_file() for piece in pieces)

@@ -40,6 +40,12 @@ def test_text_ends_before_the_first_stop_text_and_shows_nothing_of_it(
     assert detokenizer.ended
 
 
+def test_of_two_stop_texts_in_one_token_the_first_counts() -> None:
+    detokenizer = Detokenizer([b"xabz"], ["z", "b"])
+    detokenizer.add(0)
+    assert detokenizer.take() == "xa"
+
+
 def test_a_character_comes_with_its_last_byte_and_half_of_one_is_replaced() -> None:
     assert shown("a東", [])[0] == ["a", "", "", "東", ""]
     detokenizer = Detokenizer(BYTES)

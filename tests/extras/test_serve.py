@@ -241,6 +241,13 @@ def test_other_paths_and_methods_are_errors_of_the_same_form(
     assert path[:20] in server.fetch(method, path).error["message"]
 
 
+def test_nothing_in_a_request_drives_the_terminal_that_shows_the_log(server: Server) -> None:
+    assert server.errors is not None
+    server.fetch("GET", "/%0Aforged%20line%1b[31m")
+    (line,) = (line for line in server.errors.read_text().splitlines() if "forged" in line)
+    assert line.startswith("127.0.0.1 GET /%0Aforged%20line%1b[31m 404 ")
+
+
 def test_a_key_is_needed_for_the_api_and_not_for_the_page(server: Server) -> None:
     stranger = Server(server.port)
     assert stranger.fetch("GET", "/v1/models").status == 401

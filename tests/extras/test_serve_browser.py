@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -119,7 +120,12 @@ def test_what_the_model_writes_is_text_and_nothing_else(browser: Browser, server
     mouse(browser, "#write", click=True)
     browser.wait(WRITTEN + " > 100")
     assert evil in browser.js("document.getElementById('text').textContent")
-    assert browser.js("document.querySelectorAll('img, iframe, #text :not(.token, .given)').length") == 0
+    token = json.dumps(evil)  # all of it in one token, as a vocabulary may have it
+    browser.js(f"add({{tokens: [{token}], token_logprobs: [-1], top_logprobs: [{{{token}: -1, '<b>': -2}}]}})")
+    browser.js(TOKENS + ".at(-1).focus()")
+    assert browser.js(TOKENS + ".at(-1).textContent") == evil
+    assert evil.replace(" ", "␣") in browser.js("document.getElementById('detail').textContent")
+    assert browser.js("document.querySelectorAll('img, b, iframe, #text :not(.token, .given)').length") == 0
     quiet(browser, server)
     browser.js("document.body.append(Object.assign(document.createElement('script'), {textContent: 'pwned = 1'}))")
     assert browser.js("typeof pwned") == "undefined"  # were there a way in, the policy stops it

@@ -123,7 +123,9 @@ def test_whoever_waits_takes_the_place_of_what_is_cancelled(tiny: Tiny) -> None:
         assert (engine.running, engine.waiting) == (2, 2)
         with pytest.raises(Busy, match="4 texts"):
             submit(engine, Order([5], 20, GREEDY))
-        engine.cancel([endless[0], waiting[1]])
+        engine.cancel([waiting[1]])
+        assert (engine.running, engine.waiting) == (2, 1)
+        engine.cancel([endless[0]])
         assert texts([waiting[0]]) == [alone(model, [3], 20)]
         until(lambda: (engine.running, engine.waiting) == (1, 0))
         engine.cancel([endless[1]])

@@ -118,6 +118,7 @@ class Guard:
         if scope["type"] != "http":
             return
         begin, status = time.perf_counter(), 0
+        path = scope["raw_path"].decode("ascii", "backslashreplace")  # as it came: %0A stays %0A in a line of the log
 
         async def sent(message: Message) -> None:
             nonlocal status
@@ -133,12 +134,12 @@ class Guard:
         except ApiError as error:
             await error.response()(scope, receive, sent)
         except Exception as error:
-            self.log(f"{scope['path']}: internal error: {type(error).__name__}: {first_line(error)}")
+            self.log(f"{path}: internal error: {type(error).__name__}: {first_line(error)}")
         finally:
             if self.verbose:
                 client = (scope.get("client") or ["?"])[0]
                 took = time.perf_counter() - begin
-                self.log(f"{client} {scope['method']} {scope['path']} {status or 'aborted'} {took:.3f} s")
+                self.log(f"{client} {scope['method']} {path} {status or 'aborted'} {took:.3f} s")
 
     def _let_in(self, http: Request) -> None:
         host, origin = http.headers.get("host"), http.headers.get("origin")
