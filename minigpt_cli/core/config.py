@@ -46,9 +46,11 @@ class ModelConfig(Section):
     position: Literal["learned", "rope", "none"] = "learned"
     rope_base: Annotated[float, Field(ge=1)] = 10000.0  # rotary wavelengths go up to 2 pi times this
     norm: Literal["layernorm", "rmsnorm", "none"] = "layernorm"
+    norm_eps: Annotated[float, Field(gt=0, le=1)] | None = None  # null: 1e-5 for layernorm, 1e-6 for rmsnorm
     qk_norm: bool = False  # queries and keys get a norm of the same kind, over the width of a head
     n_kv_head: Annotated[int, Field(ge=1, le=1024)] | None = None  # heads of keys and values; null: n_head
-    mlp: Literal["relu", "gelu", "relu2", "swiglu"] = "relu"
+    head_width: Annotated[int, Field(ge=1, le=65536)] | None = None  # of one head; null: n_embd / n_head
+    mlp: Literal["relu", "gelu", "gelu_tanh", "relu2", "swiglu"] = "relu"  # gelu_tanh: as GPT-2 approximates gelu
     mlp_width: Annotated[int, Field(ge=1, le=1 << 20)] | None = None  # null: 4 n_embd, for swiglu two thirds of that
     bias: bool = True  # in the norms, attention's output projection and the feed-forward
     bias_qkv: bool = False
@@ -60,16 +62,22 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> ModelConfig:
-        if self.n_layer and self.n_embd % self.n_head:
+        if self.n_layer and self.head_width is None and self.n_embd % self.n_head:
             below = self.n_embd // self.n_head * self.n_head
             near = " or ".join(str(n) for n in (below, below + self.n_head) if n)
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; nearest n_embd: {near}")
-        if self.n_layer and self.position == "rope" and self.n_embd // self.n_head % 2:
-            raise ValueError(f"rope turns pairs: the head width n_embd / n_head = {self.n_embd // self.n_head} is odd")
+        if self.n_layer and self.position == "rope" and self.each_head % 2:
+            whence = "" if self.head_width else "n_embd / n_head = "
+            raise ValueError(f"rope turns pairs: the head width {whence}{self.each_head} is odd")
         if self.n_kv_head is not None and self.n_head % self.n_kv_head:
             divisors = ", ".join(str(n) for n in range(1, self.n_head + 1) if self.n_head % n == 0)
             raise ValueError(f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}; try {divisors}")
         return self
+
+    @property
+    def each_head(self) -> int:
+        """The width of one head: `head_width`, once it is a number."""
+        return self.head_width or self.n_embd // self.n_head
 
 
 class TrainConfig(Section):

@@ -1,6 +1,6 @@
 """The parts of a block: norms, positions, attention with its cache, feed-forwards. Knows nothing of what stacks them.
 
-Shapes: B batch, T time (new tokens), S slots of the cache, C width, H heads, D head width (C / H).
+Shapes: B batch, T time (new tokens), S slots of the cache, C width, H heads, D head width.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class KVCache:
     """What attention has seen, for every layer, and how many tokens that is (Pope et al. 2022, arXiv:2211.05102)."""
 
     def __init__(self, batch: int, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (batch, config.n_kv_head or config.n_head, config.block_size, config.n_embd // config.n_head)
+        shape = (batch, config.n_kv_head or config.n_head, config.block_size, config.each_head)
         zeros = partial(torch.zeros, shape, device=device, dtype=dtype)
         self.layers = [LayerCache(zeros(), zeros()) for _ in range(config.n_layer)]
         self.length = 0  # tokens it has been given; `GPT.forward` moves it on
@@ -87,12 +87,12 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
-        self.head_width = D = config.n_embd // config.n_head
+        self.head_width = D = config.each_head
         self.rows = (self.n_head * D, self.n_kv_head * D, self.n_kv_head * D)  # of q, k, v; each head by head
         self.qkv = nn.Linear(config.n_embd, sum(self.rows), bias=config.bias_qkv)
         self.norm_q = make_norm(config, D) if config.qk_norm else None
         self.norm_k = make_norm(config, D) if config.qk_norm else None
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.proj = nn.Linear(self.n_head * D, config.n_embd, bias=config.bias)
         self.dropout_attn = _or_default(config.dropout_attn, config)
         self.dropout = Dropout(_or_default(config.dropout_proj, config))
 
@@ -100,7 +100,7 @@ class Attention(nn.Module):
         self, x_BTC: Tensor, rotary: Rotary | None = None, cache: LayerCache | None = None, start: int | Place = 0
     ) -> Tensor:
         """`start` is how many tokens came before in the cache. Returns (B, T, C)."""
-        B, T, C = x_BTC.shape
+        B, T, _ = x_BTC.shape
         heads = self.qkv(x_BTC).view(B, T, -1, self.head_width).transpose(1, 2)
         q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)  # each (B, H, T, D)
         if self.norm_q is not None and self.norm_k is not None:
@@ -120,7 +120,7 @@ class Attention(nn.Module):
             y_BHTD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
         else:
             y_BHTD = kernels.causal_attention(q, k, v, self.dropout_attn if self.training else 0.0)
-        return self.dropout(self.proj(y_BHTD.transpose(1, 2).reshape(B, T, C)))
+        return self.dropout(self.proj(y_BHTD.transpose(1, 2).reshape(B, T, -1)))
 
 
 class RowLinear(nn.Module):
@@ -197,6 +197,13 @@ class ReLUSquared(nn.Module):
         return F.relu(x).square()
 
 
+class GELUTanh(nn.GELU):
+    """GELU as GPT-2 computes it: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) (arXiv:1606.08415)."""
+
+    def __init__(self) -> None:
+        super().__init__(approximate="tanh")
+
+
 class SwiGLU(nn.Module):
     """silu(gate) * value, which lie side by side in x (Shazeer 2020, arXiv:2002.05202). Halves the last axis."""
 
@@ -205,7 +212,9 @@ class SwiGLU(nn.Module):
         return F.silu(gate) * value
 
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "relu2": ReLUSquared, "swiglu": SwiGLU}
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU, "gelu": nn.GELU, "gelu_tanh": GELUTanh, "relu2": ReLUSquared, "swiglu": SwiGLU,
+}  # fmt: skip
 
 
 class Dropout(nn.Module):
@@ -222,9 +231,6 @@ class Dropout(nn.Module):
 class RMSNorm(nn.RMSNorm):
     """x / rms(x) times a gain (Zhang & Sennrich 2019, arXiv:1910.07467)."""
 
-    def __init__(self, width: int) -> None:
-        super().__init__(width, eps=1e-6)
-
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)  # fused only in one dtype
 
@@ -232,8 +238,13 @@ class RMSNorm(nn.RMSNorm):
 def make_norm(config: ModelConfig, width: int) -> nn.Module:
     """The norm of a config, over the last axis. LayerNorm: Ba et al. 2016, arXiv:1607.06450."""
     if config.norm == "layernorm":
-        return nn.LayerNorm(width, bias=config.bias)
-    return RMSNorm(width) if config.norm == "rmsnorm" else nn.Identity()
+        return nn.LayerNorm(width, eps=norm_eps(config), bias=config.bias)
+    return RMSNorm(width, eps=norm_eps(config)) if config.norm == "rmsnorm" else nn.Identity()
+
+
+def norm_eps(config: ModelConfig) -> float:
+    """What keeps a norm from dividing by nothing."""
+    return config.norm_eps or (1e-6 if config.norm == "rmsnorm" else 1e-5)
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:

@@ -61,7 +61,7 @@ class GPT(nn.Module):
         self.position_embedding = (
             nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         )
-        self.rotary_width = config.n_embd // config.n_head if config.position == "rope" else 0
+        self.rotary_width = config.each_head if config.position == "rope" else 0
         self.checkpoint_activations = False  # in training keep only what goes into a block, and compute it twice
         self.slides = config.position == "rope"  # only distances count: the window may move on token by token
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -138,11 +138,11 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Floating-point operations of one training step per token: 3 x forward, matrix products only.
 
-        2 per weight of every matrix, and 2 x 2 T C per layer for the attention scores and the weighted sum, counted in
+        2 per weight of every matrix, and 2 x 2 T H D per layer for the attention scores and the weighted sum, counted in
         full as PaLM does (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), though half of it is masked.
         """
         matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        attention = 2 * self.config.n_layer * self.config.block_size * self.config.n_embd
+        attention = 2 * self.config.n_layer * self.config.block_size * self.config.n_head * self.config.each_head
         return 3 * 2 * (matrices + attention)
 
 

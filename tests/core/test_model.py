@@ -27,6 +27,7 @@ SHAPES: dict[str, dict[str, object]] = {
     "one head": {"n_head": 1},
     "narrow heads": {"n_head": 16},
     "no blocks": {"n_layer": 0},
+    "wide heads": {"n_head": 3, "head_width": 10, "position": "rope"},
 }
 
 
@@ -214,6 +215,7 @@ def test_parameter_counts_are_the_arithmetic_of_the_shape_and_add_up(tie: bool, 
         {"tie_weights": True},
         {"mlp": "gelu", "bias_qkv": True},
         {"mlp": "swiglu", "position": "rope", "n_kv_head": 1, "qk_norm": True},
+        {"head_width": 24, "mlp": "gelu_tanh"},
     ],
     ids=str,
 )

@@ -103,6 +103,8 @@ def test_a_seed_configs_gradients_are_the_oracles_over_the_whole_window(name: st
 MORE = [
     {"position": "rope", "rope_base": 100.0, "n_head": 4, "n_kv_head": 2, "mlp_width": 24},
     {"mlp": "swiglu", "mlp_width": 20, "qk_norm": True, "norm": "none"},
+    {"mlp": "gelu_tanh", "norm_eps": 0.03, "head_width": 6},
+    {"position": "rope", "norm": "rmsnorm", "norm_eps": 0.03, "qk_norm": True, "head_width": 10, "n_kv_head": 1},
 ]
 
 

@@ -61,7 +61,7 @@ class NaiveKeyValue(nn.Module):
 
     def __init__(self, config: ModelConfig, ops: Operations) -> None:
         super().__init__()
-        width = config.n_embd // config.n_head
+        width = config.head_width or config.n_embd // config.n_head
         self.key = nn.Linear(config.n_embd, width, bias=config.bias_qkv)
         self.value = nn.Linear(config.n_embd, width, bias=config.bias_qkv)
 
@@ -74,7 +74,8 @@ class NaiveHead(nn.Module):
 
     def __init__(self, config: ModelConfig, ops: Operations) -> None:
         super().__init__()
-        self.query = nn.Linear(config.n_embd, config.n_embd // config.n_head, bias=config.bias_qkv)
+        width = config.head_width or config.n_embd // config.n_head
+        self.query = nn.Linear(config.n_embd, width, bias=config.bias_qkv)
         self.ops, self.dropout = ops, NaiveDropout(config, config.dropout_attn, ops)
         self.rotary_base = config.rope_base if config.position == "rope" else None
         self.register_buffer("past", torch.ones(config.block_size, config.block_size).tril().bool(), persistent=False)
@@ -108,13 +109,14 @@ class NaiveAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, ops: Operations) -> None:
         super().__init__()
-        n_shared, width = config.n_kv_head or config.n_head, config.n_embd // config.n_head
+        n_shared = config.n_kv_head or config.n_head
+        width = config.head_width or config.n_embd // config.n_head
         self.heads = nn.ModuleList([NaiveHead(config, ops) for _ in range(config.n_head)])
         self.shared = nn.ModuleList([NaiveKeyValue(config, ops) for _ in range(n_shared)])
         self.norm_q, self.norm_k = (
             NaiveNorm(config, ops, width) if config.qk_norm else nn.Identity() for _ in range(2)
         )  # every head's alike
-        self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.out = nn.Linear(config.n_head * width, config.n_embd, bias=config.bias)
         self.dropout = NaiveDropout(config, config.dropout_proj, ops)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
@@ -137,6 +139,7 @@ class NaiveFeedForward(nn.Module):
         self.bend = {
             "relu": ops.relu, "gelu": ops.gelu, "relu2": lambda z: ops.relu(z) ** 2,
             "swiglu": lambda z: z / (1 + torch.exp(-z)),
+            "gelu_tanh": lambda z: z / (1 + torch.exp(-2 * math.sqrt(2 / math.pi) * (z + 0.044715 * z * z * z))),
         }[config.mlp]  # fmt: skip
         self.dropout = NaiveDropout(config, config.dropout_mlp, ops)
 
@@ -154,6 +157,7 @@ class NaiveNorm(nn.Module):
         width = width or config.n_embd
         assert config.norm in ("layernorm", "rmsnorm", "none"), config.norm
         self.ops, self.gain, self.offset, self.kind = ops, None, None, config.norm
+        self.eps = config.norm_eps or {"layernorm": 1e-5, "rmsnorm": 1e-6}.get(config.norm)
         if config.norm != "none":
             self.gain = nn.Parameter(torch.ones(width))
         if config.norm == "layernorm" and config.bias:
@@ -163,8 +167,8 @@ class NaiveNorm(nn.Module):
         if self.gain is None:
             return x_BTC
         if self.kind == "rmsnorm":
-            return x_BTC / torch.sqrt((x_BTC * x_BTC).mean(dim=-1, keepdim=True) + 1e-6) * self.gain
-        return self.ops.layer_norm(x_BTC, self.gain, self.offset)
+            return x_BTC / torch.sqrt((x_BTC * x_BTC).mean(dim=-1, keepdim=True) + self.eps) * self.gain
+        return self.ops.layer_norm(x_BTC, self.gain, self.offset, self.eps)
 
 
 class NaiveDropout(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 class Operations(Protocol):
     def softmax(self, x: Tensor) -> Tensor: ...
-    def layer_norm(self, x_BTC: Tensor, gain: Tensor, offset: Tensor | None) -> Tensor: ...
+    def layer_norm(self, x_BTC: Tensor, gain: Tensor, offset: Tensor | None, eps: float) -> Tensor: ...
     def relu(self, z: Tensor) -> Tensor: ...
     def gelu(self, z: Tensor) -> Tensor: ...
     def dropout(self, x: Tensor, rate: float) -> Tensor: ...
@@ -30,11 +30,11 @@ class Formulas:
         e = torch.exp(x - x.amax(dim=-1, keepdim=True))
         return e / e.sum(dim=-1, keepdim=True)
 
-    def layer_norm(self, x_BTC: Tensor, gain: Tensor, offset: Tensor | None) -> Tensor:
-        """(x - mean) / sqrt(variance + 1e-5) over the width, times a gain, plus an offset where there is one."""
+    def layer_norm(self, x_BTC: Tensor, gain: Tensor, offset: Tensor | None, eps: float) -> Tensor:
+        """(x - mean) / sqrt(variance + eps) over the width, times a gain, plus an offset where there is one."""
         centred_BTC = x_BTC - x_BTC.mean(dim=-1, keepdim=True)
         variance_BT1 = (centred_BTC * centred_BTC).mean(dim=-1, keepdim=True)
-        y_BTC = centred_BTC / torch.sqrt(variance_BT1 + 1e-5) * gain
+        y_BTC = centred_BTC / torch.sqrt(variance_BT1 + eps) * gain
         return y_BTC if offset is None else y_BTC + offset
 
     def relu(self, z: Tensor) -> Tensor:
@@ -60,8 +60,8 @@ class TorchOps:
     def softmax(self, x: Tensor) -> Tensor:
         return F.softmax(x, dim=-1)
 
-    def layer_norm(self, x_BTC: Tensor, gain: Tensor, offset: Tensor | None) -> Tensor:
-        return F.layer_norm(x_BTC, gain.shape, gain, offset)
+    def layer_norm(self, x_BTC: Tensor, gain: Tensor, offset: Tensor | None, eps: float) -> Tensor:
+        return F.layer_norm(x_BTC, gain.shape, gain, offset, eps)
 
     def relu(self, z: Tensor) -> Tensor:
         return F.relu(z)

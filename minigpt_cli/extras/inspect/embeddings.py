@@ -65,5 +65,5 @@ def positions(model: GPT) -> dict[str, Any]:
 
 def wavelengths(config: ModelConfig) -> list[float]:
     """Tokens that each rotated pair of a head's width takes for a whole turn (Su et al. 2021, arXiv:2104.09864)."""
-    width = config.n_embd // config.n_head
+    width = config.each_head
     return [2 * math.pi * config.rope_base ** (pair / width) for pair in range(0, width, 2)]

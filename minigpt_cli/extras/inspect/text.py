@@ -41,7 +41,7 @@ class Validation:
 
 def most_tokens(config: ModelConfig) -> int:
     """How many tokens of a text are shown: the context, unless the page would become too large."""
-    each = config.n_layer * (config.n_head + (config.n_kv_head or config.n_head)) * (config.n_embd // config.n_head)
+    each = config.n_layer * (config.n_head + (config.n_kv_head or config.n_head)) * config.each_head
     square = math.isqrt(MAX_SCORES // max(1, config.n_layer * config.n_head))
     return max(1, min(config.block_size, MAX_SHOWN, MAX_NUMBERS // max(1, each), square))
 
