@@ -12,6 +12,8 @@ from minigpt_cli import __version__
 from minigpt_cli.commands.bench import bench
 from minigpt_cli.commands.console import Debug, error_boundary, make_streams_robust
 from minigpt_cli.commands.eval import evaluate
+from minigpt_cli.commands.export import export
+from minigpt_cli.commands.import_ import import_model
 from minigpt_cli.commands.inspect import inspect
 from minigpt_cli.commands.prepare import prepare
 from minigpt_cli.commands.sample import sample
@@ -63,7 +65,7 @@ def _global_options(
 
 for name, command in (
     ("prepare", prepare), ("train", train), ("sample", sample), ("eval", evaluate), ("bench", bench),
-    ("inspect", inspect), ("serve", serve),
+    ("inspect", inspect), ("serve", serve), ("export", export), ("import", import_model),
 ):  # fmt: skip
     app.command(name)(command)
 

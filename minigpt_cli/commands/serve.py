@@ -104,7 +104,7 @@ def serve(
 
 def _cache_bytes(config: ModelConfig, element: int) -> int:
     """What the keys and values of one text take."""
-    heads = (config.n_kv_head or config.n_head) * (config.n_embd // config.n_head)
+    heads = (config.n_kv_head or config.n_head) * config.each_head
     return 2 * config.n_layer * config.block_size * heads * element
 
 

@@ -20,6 +20,9 @@ MAX_VOCAB = 1_000_000
 # A letter or digit before white space. No pre-tokenizer in use (GPT-2's, GPT-4's, Llama 3's, Qwen's) lets a token reach
 # over that border or looks back across it, so that text may be cut there without changing a single token.
 BORDER = re.compile(r"(?<=[^\W_])[ \t\r\n]")
+# Unicode's canonical composition (Qwen's tokenizers have it): an accent joins the letter before it, and what is read is
+# the same text. White space joins nothing, so that text may be cut at a border here too.
+NFC = {"type": "NFC"}
 MAX_SAMPLE = 1 << 25  # characters to learn from
 MAX_SAMPLE_WORDS = 300_000  # distinct words among them
 _WORD = re.compile(r"\w+")
@@ -33,16 +36,17 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in shown} | {chr(0x100 + i): b for i, b in enumerate(hidden)}
 
 
-_ALPHABET = _byte_alphabet()
+ALPHABET = _byte_alphabet()
 
 
 def checked_document(document: object) -> dict[str, Any]:
     """`document` reduced to the parts that matter, each checked; UserError with the reason where it is unfit."""
     if not isinstance(document, dict) or not isinstance(document.get("model"), dict):
         raise UserError("not a tokenizer.json: it has no model")
-    if document.get("normalizer") is not None:
+    normalizer = document.get("normalizer")
+    if normalizer is not None and normalizer != NFC:
         raise UserError(
-            "this tokenizer normalizes text (its normalizer is not null), so it cannot give it back exactly"
+            "this tokenizer normalizes text (its normalizer is neither null nor NFC), so it cannot give it back exactly"
         )
     model = document["model"]
     if model.get("type", "BPE") != "BPE":
@@ -54,7 +58,7 @@ def checked_document(document: object) -> dict[str, Any]:
         raise UserError(f"the BPE vocabulary must map each token to an id below {MAX_VOCAB}")
     if len(set(vocab.values())) != len(vocab):
         raise UserError("the BPE vocabulary gives one id to two tokens")
-    if not _ALPHABET.keys() <= vocab.keys():
+    if not ALPHABET.keys() <= vocab.keys():
         raise UserError("the BPE vocabulary lacks some of the 256 bytes, so some text would be lost")
     pairs = [_merge_pair(m) for m in merges] if isinstance(merges, list) else [None]
     if None in pairs:
@@ -64,7 +68,7 @@ def checked_document(document: object) -> dict[str, Any]:
         "truncation": None,
         "padding": None,
         "added_tokens": _checked_added(document.get("added_tokens") or []),
-        "normalizer": None,
+        "normalizer": normalizer,
         "pre_tokenizer": _checked_pre_tokenizer(document.get("pre_tokenizer")),
         "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
@@ -133,15 +137,15 @@ def token_table(document: dict[str, Any]) -> list[bytes]:
     special = {t["content"] for t in added if t["special"]}
     # A special token that plain text can lead to, by merges, stands for its text all the same.
     merged = {merge.replace(" ", "") for merge in model["merges"]}
-    from_text = set(model["vocab"]) if model["ignore_merges"] else merged | _ALPHABET.keys()
+    from_text = set(model["vocab"]) if model["ignore_merges"] else merged | ALPHABET.keys()
     plain = {t["content"]: t["id"] for t in added if not t["special"]}
     table = [b""] * (1 + max([*model["vocab"].values(), *(t["id"] for t in added)]))
     for token, i in model["vocab"].items():
         if token in plain or (token in special and token not in from_text):
             continue
-        if not _ALPHABET.keys() >= set(token):
+        if not ALPHABET.keys() >= set(token):
             raise UserError("the BPE vocabulary holds a token that is not made of GPT-2's byte characters")
-        table[i] = bytes(_ALPHABET[c] for c in token)
+        table[i] = bytes(ALPHABET[c] for c in token)
     for content, i in plain.items():
         table[i] = content.encode("utf-8", "replace")
     return table

@@ -15,19 +15,19 @@ MAX_JSON_BYTES = 32_000_000
 MAX_JSON_PARTS = 1_000_000  # objects, lists and their entries: an empty object takes 2 bytes of JSON and 64 of memory
 
 
-def bounded_json(data: bytes) -> Any:
+def bounded_json(data: bytes, max_bytes: int = MAX_JSON_BYTES, max_parts: int = MAX_JSON_PARTS) -> Any:
     """json.loads for bytes from elsewhere. ValueError if it is no JSON, or so much of it that it would fill memory."""
-    if (reason := too_much_json(data)) is not None:
+    if (reason := too_much_json(data, max_bytes, max_parts)) is not None:
         raise ValueError(reason)
     return json.loads(data)
 
 
-def too_much_json(data: bytes) -> str | None:
+def too_much_json(data: bytes, max_bytes: int = MAX_JSON_BYTES, max_parts: int = MAX_JSON_PARTS) -> str | None:
     """Why `bounded_json` would refuse this much, or None."""
-    if len(data) > MAX_JSON_BYTES:
-        return f"{len(data):,} bytes of JSON, at most {MAX_JSON_BYTES:,} are read"
+    if len(data) > max_bytes:
+        return f"{len(data):,} bytes of JSON, at most {max_bytes:,} are read"
     parts = data.count(b",") + data.count(b"{") + data.count(b"[")
-    return f"JSON of {parts:,} parts, at most {MAX_JSON_PARTS:,} are read" if parts > MAX_JSON_PARTS else None
+    return f"JSON of {parts:,} parts, at most {max_parts:,} are read" if parts > max_parts else None
 
 
 @contextlib.contextmanager

@@ -138,7 +138,7 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Floating-point operations of one training step per token: 3 x forward, matrix products only.
 
-        2 per weight of every matrix, and 2 x 2 T H D per layer for the attention scores and the weighted sum, counted in
+        2 per weight of every matrix, and 2 x 2 T H D per layer for attention's scores and weighted sums, counted in
         full as PaLM does (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), though half of it is masked.
         """
         matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))

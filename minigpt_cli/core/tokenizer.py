@@ -1,12 +1,13 @@
 """Text <-> token ids: characters, bytes, or byte-level BPE. Owns the rules by which any of them is rebuilt from JSON.
 
-Every tokenizer gives back exactly the text it was given, for any Unicode text it accepts, and knows the UTF-8 bytes of
-each of its tokens: text is decoded by joining those bytes. It knows nothing of files of text, datasets or models.
+Every tokenizer gives back exactly the text it was given, for any Unicode text it accepts (one with Unicode's NFC gives
+it back composed), and knows the UTF-8 bytes of each of its tokens: text is decoded by joining those bytes. It knows
+nothing of files of text, datasets or models.
 """
 
 from __future__ import annotations
 
-import json
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,10 +18,12 @@ import numpy.typing as npt
 
 from minigpt_cli.core import bpe
 from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.files import bounded_json
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]  # 1-D: uint16, or uint32 where the vocabulary needs it
 
 MAX_TOKENIZER_FILE = 100 * 2**20  # bytes; the largest vocabularies published today take about 35 MB
+MAX_TOKENIZER_PARTS = 4_000_000  # each merge of such a file may be a list of its own, which is three
 DEFAULT_BPE_VOCAB = 4096
 
 
@@ -57,6 +60,10 @@ class Tokenizer(ABC):
     def last_cut(self, text: str) -> int:
         """The last position at which `text` may be cut in two without changing a token; 0 where there is none."""
         return len(text)
+
+    def given_back(self, text: str) -> str:
+        """What decoding the ids of `text` must give: the text itself, unless the tokenizer composes it."""
+        return text
 
     def _table(self) -> npt.NDArray[np.object_]:
         if not hasattr(self, "_cached_table"):
@@ -128,7 +135,8 @@ class BpeTokenizer(Tokenizer):
     """Byte-level byte-pair encoding (Sennrich et al. 2016, in GPT-2's form), computed by the `tokenizers` library.
 
     `document` is a tokenizer.json. UserError unless it gives back every text exactly: a BPE model over all 256 bytes,
-    no normalizer, no prefix. Special tokens are never made from text: "<|endoftext|>" in a corpus is plain text.
+    no normalizer (but Unicode's NFC, which gives it back composed), no prefix. Special tokens are never made from text:
+    "<|endoftext|>" in a corpus is plain text.
     """
 
     kind = "bpe"
@@ -148,6 +156,9 @@ class BpeTokenizer(Tokenizer):
 
     def last_cut(self, text: str) -> int:
         return bpe.last_border(text)
+
+    def given_back(self, text: str) -> str:
+        return unicodedata.normalize("NFC", text) if self._document["normalizer"] else text
 
     def token_bytes(self) -> list[bytes]:
         return list(self._bytes)
@@ -181,14 +192,19 @@ def train_bpe(texts: Iterable[str], vocab_size: int = DEFAULT_BPE_VOCAB) -> BpeT
     return BpeTokenizer(bpe.learn(texts, vocab_size))
 
 
+def read_tokenizer_document(path: Path) -> Any:
+    """A JSON document of the size that a tokenizer.json may have. UserError if it is larger, ValueError for no JSON."""
+    if path.stat().st_size > MAX_TOKENIZER_FILE:
+        raise UserError(f"{path}: larger than {MAX_TOKENIZER_FILE // 2**20} MiB, no tokenizer.json is")
+    return bounded_json(path.read_bytes(), MAX_TOKENIZER_FILE, MAX_TOKENIZER_PARTS)
+
+
 def read_tokenizer_file(path: Path) -> BpeTokenizer:
     """The byte-level BPE tokenizer in a `tokenizer.json`. UserError for a file that is not one."""
     try:
         if not path.is_file():
             raise UserError(f"{path}: no such tokenizer file; --tokenizer takes char, byte, bpe or a tokenizer.json")
-        if path.stat().st_size > MAX_TOKENIZER_FILE:
-            raise UserError(f"{path}: larger than {MAX_TOKENIZER_FILE // 2**20} MiB, no tokenizer.json is")
-        return BpeTokenizer(json.loads(path.read_bytes()))
+        return BpeTokenizer(read_tokenizer_document(path))
     except UserError as error:
         raise UserError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
     except (ValueError, RecursionError):

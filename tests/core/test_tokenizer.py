@@ -7,6 +7,7 @@ import itertools
 import json
 import signal
 import threading
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,15 @@ def test_gpt2s_file_works_and_its_special_token_stays_text(tmp_path: Path) -> No
     assert tok.token_bytes()[special] == b""
     assert special not in tok.encode("a<|endoftext|>b")
     assert_round_trip(tok, "a<|endoftext|>b")
+
+
+@given(ANY_TEXT | TRICKY)
+@example("e\u0301 " * 20_000)
+def test_a_tokenizer_that_composes_accents_gives_the_librarys_ids_and_the_text_composed(text: str) -> None:
+    """Qwen's normalizer. The library is given the whole text at once; ours cuts long ones."""
+    tok = BpeTokenizer(gpt2_document() | {"normalizer": {"type": "NFC"}})
+    assert tok.encode(text).tolist() == whole(tok, text)
+    assert tok.decode(tok.encode(text)) == tok.given_back(text) == unicodedata.normalize("NFC", text)
 
 
 def test_special_tokens_that_plain_text_leads_to_stand_for_their_text() -> None:

@@ -1,0 +1,384 @@
+"""Which architecture of transformers is the same function as which of our configs: a table, read in both directions.
+
+An architecture is data: the options it can express, the names of its settings and of its weights. What a table cannot
+say, whether two forward passes agree, the tests ask transformers itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from minigpt_cli.core.config import ModelConfig, parse_section
+from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.layers import default_mlp_width, norm_eps
+
+Values = tuple[Any, ...]
+BIASES = ("bias", "bias_qkv")
+ANYTHING: Values = ()
+DROPOUTS = ("dropout_attn", "dropout_proj", "dropout_mlp")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How their tensor is made of ours (stacked by rows, where they hold several in one), and ours of theirs."""
+
+    pack: Callable[[Tensor, ModelConfig], Tensor]
+    unpack: Callable[[Tensor, ModelConfig], Tensor]
+
+
+def _swap_heads(x: Tensor, outer: int, inner: int, width: int) -> Tensor:
+    """Rows in the order (outer, inner, width) -> (inner, outer, width)."""
+    return x.reshape(outer, inner, width, *x.shape[1:]).transpose(0, 1).reshape(x.shape)
+
+
+AS_IT_IS = Form(lambda x, c: x, lambda x, c: x)
+TRANSPOSED = Form(lambda x, c: x.t(), lambda x, c: x.t())  # GPT-2's Conv1D; a vector stays a vector
+HEAD_BY_HEAD = Form(  # q, k and v of one head, then of the next
+    lambda x, c: _swap_heads(x, 3, c.n_head, c.each_head), lambda x, c: _swap_heads(x, c.n_head, 3, c.each_head)
+)
+LESS_ONE = Form(lambda x, c: x - 1, lambda x, c: x + 1)  # gains that are added to one
+SCALED = Form(lambda x, c: x / c.n_embd**0.5, lambda x, c: x * c.n_embd**0.5)  # embeddings that are multiplied back
+
+
+@dataclass(frozen=True)
+class Module:
+    """One of their modules: of which of ours it is made, and which of our options give it a bias.
+
+    `{i}` in a name is the layer; `{h}` the head, where every head has a copy.
+    """
+
+    ours: tuple[str, ...]
+    biased: tuple[str, ...] | bool = False
+    form: Form = AS_IT_IS
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """`can` maps an option of ours to the values it may have here: any, if it is not named or ANYTHING.
+
+    `settings`: their key -> our options. `constants`: their key -> the value it must have. `absent`: what a key that is
+    missing in a config.json means. `flags`: their key -> those of our options that need it; `biases` the way back.
+    """
+
+    name: str
+    can: dict[str, Values]
+    modules: dict[str, Module]
+    settings: dict[str, tuple[str, ...]]
+    constants: dict[str, Any] = field(default_factory=dict)
+    absent: dict[str, Any] = field(default_factory=dict)
+    flags: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    biases: dict[str, str | bool] = field(default_factory=dict)
+    activations: dict[str, str] = field(default_factory=dict)  # ours -> theirs, where it is not the usual name
+    shares_keys: bool = True  # knows n_kv_head; else keys and values are written out for every head
+    rotates_part: float | None = None  # the share of a head that turns by default, if there is such a setting
+    ignored: dict[str, str] = field(default_factory=dict)  # their key, whose effect is not carried over -> what it is
+
+    @property
+    def norms_have_biases(self) -> bool:
+        return self.can["norm"] == ("layernorm",)
+
+
+def _modules(names: Mapping[str, str], biased: Mapping[str, tuple[str, ...] | bool]) -> dict[str, Module]:
+    """Their name -> Module, for those that are one of ours as it is."""
+    return {theirs: Module((ours,), biased.get(ours.rpartition(".")[2], False)) for theirs, ours in names.items()}
+
+
+# Most are named as Llama's.
+_OUTSIDE = {"model.embed_tokens": "token_embedding", "model.norm": "norm", "lm_head": "head"}
+_ATTENTION = {f"model.layers.{{i}}.self_attn.{x}_proj": f"blocks.{{i}}.attn.{x}" for x in "qkv"} | {
+    "model.layers.{i}.self_attn.o_proj": "blocks.{i}.attn.proj"
+}
+_NORMS = {
+    "model.layers.{i}.input_layernorm": "blocks.{i}.norm_attn",
+    "model.layers.{i}.post_attention_layernorm": "blocks.{i}.norm_mlp",
+}
+_PLAIN = {f"model.layers.{{i}}.mlp.{x}_proj": f"blocks.{{i}}.mlp.{x}" for x in ("up", "down")}
+_GATED = {"model.layers.{i}.mlp.gate_proj": "blocks.{i}.mlp.gate"} | _PLAIN
+_QK_NORMS = {f"model.layers.{{i}}.self_attn.{x}_norm": f"blocks.{{i}}.attn.norm_{x}" for x in "qk"}
+_LLAMA = _OUTSIDE | _ATTENTION | _NORMS
+_ALL_NORMS: dict[str, tuple[str, ...] | bool] = {"norm": True, "norm_attn": True, "norm_mlp": True}
+
+
+def _linear(attention: tuple[str, ...] | bool, mlp: tuple[str, ...] | bool) -> dict[str, tuple[str, ...] | bool]:
+    return dict.fromkeys(("q", "k", "v", "proj"), attention) | dict.fromkeys(("gate", "up", "down"), mlp)
+
+
+_SIZES = {
+    "num_hidden_layers": ("n_layer",), "num_attention_heads": ("n_head",), "hidden_size": ("n_embd",),
+    "max_position_embeddings": ("block_size",), "num_key_value_heads": ("n_kv_head",),
+    "intermediate_size": ("mlp_width",), "tie_word_embeddings": ("tie_weights",), "hidden_act": ("mlp",),
+    "attention_dropout": ("dropout_attn",),
+}  # fmt: skip
+_RMS = _SIZES | {"rms_norm_eps": ("norm_eps",), "head_dim": ("head_width",)}
+_UNGATED = ("relu", "gelu", "gelu_tanh", "relu2")
+_RMS_CAN: dict[str, Values] = {
+    "position": ("rope",), "norm": ("rmsnorm",), "qk_norm": (False,), "mlp": ("swiglu",), "bias_head": (False,),
+    "logit_softcap": (None,),
+}  # fmt: skip
+_LAYER_CAN: dict[str, Values] = {
+    "position": ("rope",), "norm": ("layernorm",), "mlp": _UNGATED, "logit_softcap": (None,), "head_width": (None,),
+}  # fmt: skip
+_RMS_ABSENT = {"rms_norm_eps": 1e-6, "head_dim": None, "num_key_value_heads": None, "tie_word_embeddings": False,
+               "attention_dropout": 0.0, "attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}  # fmt: skip
+_BIASED = _linear(BIASES, ("bias",))
+_LLAMA_FLAGS: dict[str, Any] = {
+    "flags": {"attention_bias": BIASES, "mlp_bias": ("bias",)},
+    "biases": {"bias": "mlp_bias", "bias_qkv": "attention_bias"},
+}
+_EVERYTHING = _linear(True, True) | _ALL_NORMS | {"norm_q": True, "norm_k": True}
+_ALL_BIASES: dict[str, str | bool] = {"bias": True, "bias_qkv": True}
+
+# By model_type. The first that can express a config is the one it is exported as.
+ARCHITECTURES: dict[str, Architecture] = {
+    "gpt2": Architecture(
+        "GPT2LMHeadModel",
+        {"position": ("learned", "none"), "norm": ("layernorm",), "qk_norm": (False,), "mlp": _UNGATED,
+         "logit_softcap": (None,), "head_width": (None,)},
+        _modules({"transformer.wte": "token_embedding", "transformer.wpe": "position_embedding",
+                  "transformer.h.{i}.ln_1": "blocks.{i}.norm_attn", "transformer.h.{i}.ln_2": "blocks.{i}.norm_mlp",
+                  "transformer.ln_f": "norm", "lm_head": "head"}, _ALL_NORMS)
+        | {"transformer.h.{i}.attn.c_attn": Module(tuple(f"blocks.{{i}}.attn.{x}" for x in "qkv"), True, TRANSPOSED)}
+        | {f"transformer.h.{{i}}.{theirs}": Module((f"blocks.{{i}}.{ours}",), True, TRANSPOSED)
+           for theirs, ours in (("attn.c_proj", "attn.proj"), ("mlp.c_fc", "mlp.up"), ("mlp.c_proj", "mlp.down"))},
+        {"n_layer": ("n_layer",), "n_head": ("n_head",), "n_embd": ("n_embd",), "n_positions": ("block_size",),
+         "n_inner": ("mlp_width",), "tie_word_embeddings": ("tie_weights",), "activation_function": ("mlp",),
+         "layer_norm_epsilon": ("norm_eps",), "attn_pdrop": ("dropout_attn",),
+         "resid_pdrop": ("dropout_proj", "dropout_mlp")},
+        constants={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+        absent={"n_inner": None, "tie_word_embeddings": True, "activation_function": "gelu_new",
+                "layer_norm_epsilon": 1e-5, "attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1},
+        biases=_ALL_BIASES, activations={"gelu_tanh": "gelu_new"}, shares_keys=False,
+        ignored={"embd_pdrop": "dropout of the embeddings"},
+    ),
+    "llama": Architecture(
+        "LlamaForCausalLM", _RMS_CAN, _modules(_LLAMA | _GATED, _BIASED), _RMS, absent=_RMS_ABSENT, **_LLAMA_FLAGS
+    ),
+    "mistral": Architecture(
+        "MistralForCausalLM", _RMS_CAN | {"bias": (False,), "bias_qkv": (False,)}, _modules(_LLAMA | _GATED, {}), _RMS,
+        constants={"sliding_window": None}, absent=_RMS_ABSENT | {"sliding_window": 4096},
+        biases={"bias": False, "bias_qkv": False},
+    ),
+    "qwen2": Architecture(
+        "Qwen2ForCausalLM", _RMS_CAN | {"bias": (False,), "bias_qkv": (True,), "head_width": (None,)},
+        _modules(_LLAMA | _GATED, dict.fromkeys("qkv", True)), {k: v for k, v in _RMS.items() if k != "head_dim"},
+        constants={"use_sliding_window": False}, absent=_RMS_ABSENT | {"use_sliding_window": False},
+        biases={"bias": False, "bias_qkv": True},
+    ),
+    "qwen3": Architecture(
+        "Qwen3ForCausalLM", _RMS_CAN | {"qk_norm": (True,), "bias": (False,)},
+        _modules(_LLAMA | _GATED | _QK_NORMS, _linear(("bias_qkv",), False)), _RMS,
+        constants={"use_sliding_window": False},
+        absent=_RMS_ABSENT | {"use_sliding_window": False, "head_dim": 128},
+        flags={"attention_bias": ("bias_qkv",)}, biases={"bias": False, "bias_qkv": "attention_bias"},
+    ),
+    "stablelm": Architecture(
+        "StableLmForCausalLM", _LAYER_CAN | {"mlp": ("swiglu",), "bias": (False,)},
+        _modules(_LLAMA | _GATED, dict.fromkeys("qkv", ("bias_qkv",)) | _ALL_NORMS)
+        | {f"model.layers.{{i}}.self_attn.{x}_layernorm.norms.{{h}}": Module((f"blocks.{{i}}.attn.norm_{x}",))
+           for x in "qk"},
+        _SIZES | {"layer_norm_eps": ("norm_eps",), "qk_layernorm": ("qk_norm",), "hidden_dropout": ("dropout_mlp",)},
+        constants={"use_parallel_residual": False},
+        absent=_RMS_ABSENT | {"layer_norm_eps": 1e-5, "qk_layernorm": False, "hidden_dropout": 0.0,
+                              "use_qkv_bias": False},
+        flags={"use_qkv_bias": ("bias_qkv",)}, biases={"bias": False, "bias_qkv": "use_qkv_bias"}, rotates_part=0.25,
+    ),
+    "starcoder2": Architecture(
+        "Starcoder2ForCausalLM", _LAYER_CAN | {"qk_norm": (False,)},
+        _modules(_LLAMA | {"model.layers.{i}.mlp.c_fc": "blocks.{i}.mlp.up",
+                           "model.layers.{i}.mlp.c_proj": "blocks.{i}.mlp.down"}, _linear(BIASES, BIASES) | _ALL_NORMS),
+        _SIZES | {"norm_epsilon": ("norm_eps",), "residual_dropout": ("dropout_proj", "dropout_mlp")},
+        constants={"sliding_window": None},
+        absent=_RMS_ABSENT | {"norm_epsilon": 1e-5, "residual_dropout": 0.0, "use_bias": True,
+                              "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "embedding_dropout": 0.0},
+        flags={"use_bias": BIASES}, biases={"bias": "use_bias", "bias_qkv": "use_bias"},
+        ignored={"embedding_dropout": "dropout of the embeddings"},
+    ),
+    "persimmon": Architecture(
+        "PersimmonForCausalLM", _LAYER_CAN,
+        _modules({"model.embed_tokens": "token_embedding", "model.final_layernorm": "norm", "lm_head": "head",
+                  "model.layers.{i}.self_attn.dense": "blocks.{i}.attn.proj",
+                  "model.layers.{i}.mlp.dense_h_to_4h": "blocks.{i}.mlp.up",
+                  "model.layers.{i}.mlp.dense_4h_to_h": "blocks.{i}.mlp.down",
+                  "model.layers.{i}.self_attn.q_layernorm": "blocks.{i}.attn.norm_q",
+                  "model.layers.{i}.self_attn.k_layernorm": "blocks.{i}.attn.norm_k"} | _NORMS, _EVERYTHING)
+        | {"model.layers.{i}.self_attn.query_key_value":
+           Module(tuple(f"blocks.{{i}}.attn.{x}" for x in "qkv"), True, HEAD_BY_HEAD)},
+        {k: v for k, v in _SIZES.items() if k != "num_key_value_heads"}
+        | {"layer_norm_eps": ("norm_eps",), "qk_layernorm": ("qk_norm",), "hidden_dropout": ("dropout_mlp",)},
+        absent=_RMS_ABSENT | {"layer_norm_eps": 1e-5, "qk_layernorm": True, "hidden_dropout": 0.0,
+                              "hidden_act": "relu2"},
+        biases=_ALL_BIASES, shares_keys=False, rotates_part=0.5,
+    ),
+    "arcee": Architecture(
+        "ArceeForCausalLM", _RMS_CAN | {"mlp": _UNGATED}, _modules(_LLAMA | _PLAIN, _BIASED), _RMS,
+        absent=_RMS_ABSENT | {"rms_norm_eps": 1e-5, "hidden_act": "relu2"}, **_LLAMA_FLAGS,
+    ),
+    "apertus": Architecture(
+        "ApertusForCausalLM",
+        _RMS_CAN | {"mlp": _UNGATED, "qk_norm": (True,), "bias": (False,), "head_width": (None,)},
+        _modules(_OUTSIDE | _ATTENTION | _PLAIN | _QK_NORMS
+                 | {"model.layers.{i}.attention_layernorm": "blocks.{i}.norm_attn",
+                    "model.layers.{i}.feedforward_layernorm": "blocks.{i}.norm_mlp"}, _linear(("bias_qkv",), False)),
+        {k: v for k, v in _RMS.items() if k != "head_dim"},
+        absent=_RMS_ABSENT | {"rms_norm_eps": 1e-5, "hidden_act": "xielu"},
+        flags={"attention_bias": ("bias_qkv",)}, biases={"bias": False, "bias_qkv": "attention_bias"},
+    ),
+    "vaultgemma": Architecture(
+        "VaultGemmaForCausalLM",
+        _RMS_CAN | {"logit_softcap": ANYTHING, "bias": (False,), "bias_qkv": (False,), "tie_weights": (False,)},
+        _modules({"lm_head": "head"} | _ATTENTION | _GATED, {})
+        | {"model.embed_tokens": Module(("token_embedding",), form=SCALED)}
+        | {theirs: Module((ours,), form=LESS_ONE) for theirs, ours in (
+            ("model.norm", "norm"), ("model.layers.{i}.input_layernorm", "blocks.{i}.norm_attn"),
+            ("model.layers.{i}.pre_feedforward_layernorm", "blocks.{i}.norm_mlp"))},
+        {k: v for k, v in _RMS.items() if k != "hidden_act"}
+        | {"hidden_activation": ("mlp",), "query_pre_attn_scalar": ("head_width",),
+           "final_logit_softcapping": ("logit_softcap",)},
+        constants={"attn_logit_softcapping": None, "attention_bias": False, "sliding_window": None,
+                   "layer_types": ["full_attention"]},
+        absent=_RMS_ABSENT | {"head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
+                              "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
+                              "tie_word_embeddings": True, "layer_types": ["sliding_attention"]},
+        biases={"bias": False, "bias_qkv": False},
+    ),
+}  # fmt: skip
+
+OPTIONS = ("position", "norm", "qk_norm", "mlp", "head_width", *BIASES, "bias_head", "tie_weights", "logit_softcap")
+ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu2": "relu2", "swiglu": "silu"}
+OURS_BY_ACTIVATION = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {"gelu_new": "gelu_tanh",
+                                                                               "swish": "swiglu"}  # fmt: skip
+
+
+def choose(config: ModelConfig) -> str:
+    """The model_type of the architecture that is this config's function. UserError, naming what stands in the way."""
+    misses = {kind: _misses(config, architecture) for kind, architecture in ARCHITECTURES.items()}
+    nearest = min(misses, key=lambda kind: len(misses[kind]))  # the first of the best
+    if not misses[nearest]:
+        return nearest
+    reasons = ", ".join(f"model.{option} {value}" for option, value in misses[nearest].items())
+    raise UserError(
+        f"no architecture of transformers is the same function as this model; the nearest, "
+        f"{ARCHITECTURES[nearest].name}, has no {reasons}"
+    )
+
+
+def _misses(config: ModelConfig, architecture: Architecture) -> dict[str, str]:
+    """Option -> value, for each that the architecture does not have, as a user writes them."""
+    values = {option: getattr(config, option) for option in OPTIONS}
+    if config.each_head * config.n_head == config.n_embd:
+        values["head_width"] = None
+    wrong = {o: v for o, v in values.items() if (can := architecture.can.get(o, ANYTHING)) != ANYTHING and v not in can}
+    return {option: str(value).lower() for option, value in wrong.items()}
+
+
+def resolved(config: ModelConfig) -> dict[str, Any]:
+    """Every option, those that depend on others as a number."""
+    values = config.model_dump() | {
+        "n_kv_head": config.n_kv_head or config.n_head, "head_width": config.each_head, "norm_eps": norm_eps(config),
+        "mlp_width": config.mlp_width or default_mlp_width(config),
+    }  # fmt: skip
+    return values | {name: config.dropout if values[name] is None else values[name] for name in DROPOUTS}
+
+
+def settings_of(kind: str, config: ModelConfig) -> dict[str, Any]:
+    """What a config.json of this model_type says of our config."""
+    architecture, ours = ARCHITECTURES[kind], resolved(config)
+    ours["mlp"] = (ACTIVATIONS | architecture.activations)[config.mlp]
+    settings = {key: ours[options[-1]] for key, options in architecture.settings.items()}
+    settings |= {key: any(ours[o] for o in options) for key, options in architecture.flags.items()}
+    if "rope" in architecture.can["position"]:
+        # Written twice: transformers 5 reads the second, older versions the first.
+        rotary = {"rope_theta": config.rope_base}
+        if architecture.rotates_part is not None:
+            rotary["partial_rotary_factor"] = 1.0
+        settings |= rotary | {"rope_parameters": {"rope_type": "default"} | rotary}
+    for key, value in architecture.constants.items():
+        settings[key] = value * config.n_layer if isinstance(value, list) else value
+    return settings
+
+
+def not_carried(kind: str, config: ModelConfig) -> list[str]:
+    """Those of our dropout rates for which the architecture has another or none, as a user writes them."""
+    ours = resolved(config)
+    carried = {option: ours[options[-1]] for options in ARCHITECTURES[kind].settings.values() for option in options}
+    return [f"{name} {ours[name]:g}" for name in DROPOUTS if ours[name] != carried.get(name, 0.0)]
+
+
+def options_of(theirs: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
+    """The model_type and our config of a config.json. UserError, naming the setting that stands in the way."""
+    kind = theirs.get("model_type")
+    if kind not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise UserError(f"{where}: model_type {str(kind)[:40]!r} is not among those that can be imported: {known}")
+    architecture = ARCHITECTURES[kind]
+    said = architecture.absent | theirs
+    # What is not among its settings follows from what it is.
+    ours: dict[str, Any] = {o: architecture.can[o][0] for o in ("position", "norm", "qk_norm") if o in architecture.can}
+    ours["bias_head"] = False
+    for key, options in architecture.settings.items():
+        if key not in said:
+            raise UserError(f"{where}: it does not say {key}")
+        ours |= dict.fromkeys(options, said[key])
+    for option, source in architecture.biases.items():
+        ours[option] = said.get(source, False) if isinstance(source, str) else source
+    ours["mlp"] = OURS_BY_ACTIVATION.get(str(ours["mlp"]), ours["mlp"])
+    if ours["position"] == "rope":
+        ours["rope_base"] = _rope_base(said, architecture, where)
+    ours = {option: value for option, value in ours.items() if value is not None}  # theirs for "the default"
+    config = parse_section(ModelConfig, ours, where)
+    if misses := _misses(config, architecture):
+        raise UserError(f"{where}: a {kind} model with " + ", ".join(f"{o} {v}" for o, v in misses.items())
+                        + " cannot be imported")  # fmt: skip
+    _check_the_rest(said, settings_of(kind, config), where)
+    return kind, _with_nulls(config)
+
+
+def _rope_base(said: dict[str, Any], architecture: Architecture, where: str) -> Any:
+    """How far the slowest pair turns. UserError for rotations that are scaled, or turn only a part of a head."""
+    rotary = said.get("rope_parameters") or said.get("rope_scaling") or {}
+    if not isinstance(rotary, dict):
+        raise UserError(f"{where}: its rope_parameters are not an object")
+    scaling = rotary.get("rope_type", rotary.get("type", "default"))
+    if scaling != "default" or any(isinstance(value, dict) for value in rotary.values()):
+        raise UserError(f"{where}: rope_scaling {str(scaling)[:40]!r} cannot be imported: minigpt's rotation is plain")
+    part = rotary.get("partial_rotary_factor", said.get("partial_rotary_factor", architecture.rotates_part or 1.0))
+    if part != 1:
+        raise UserError(
+            f"{where}: partial_rotary_factor {str(part)[:20]} cannot be imported: minigpt turns whole heads"
+        )
+    return rotary.get("rope_theta", said.get("rope_theta", 10000.0))
+
+
+def _check_the_rest(said: dict[str, Any], expected: dict[str, Any], where: str) -> None:
+    """What a config.json says beyond our options must be what it would say if we had written it."""
+    for key, value in expected.items():
+        found = said.get(key)
+        if key.startswith("rope") or key == "partial_rotary_factor" or found == value:
+            continue
+        if found is None and key in said and not isinstance(value, bool):  # their word for the default
+            continue
+        if OURS_BY_ACTIVATION.get(str(found), "") == OURS_BY_ACTIVATION.get(str(value), " "):
+            continue
+        raise UserError(f"{where}: {key} {str(found)[:40]} cannot be imported (only {str(value)[:40]})")
+    kinds = said.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+        raise UserError(f"{where}: layer_types other than full_attention cannot be imported")
+
+
+def _with_nulls(config: ModelConfig) -> ModelConfig:
+    """The same model, with null for whatever null would mean too."""
+    default = ModelConfig(norm=config.norm)
+    changes: dict[str, Any] = {}
+    if config.n_kv_head == config.n_head:
+        changes["n_kv_head"] = None
+    if config.n_embd % config.n_head == 0 and config.head_width == config.n_embd // config.n_head:
+        changes["head_width"] = None
+    if config.norm_eps == norm_eps(default):
+        changes["norm_eps"] = None
+    if config.mlp_width == default_mlp_width(config):
+        changes["mlp_width"] = None
+    return config.model_copy(update=changes)
