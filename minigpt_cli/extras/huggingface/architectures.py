@@ -67,10 +67,10 @@ class Architecture:
     name: str
     can: dict[str, Values]
     modules: dict[str, Module]
-    settings: dict[str, tuple[str, ...]]
+    settings: Mapping[str, tuple[str, ...]]
     constants: dict[str, Any] = field(default_factory=dict)
     absent: dict[str, Any] = field(default_factory=dict)
-    flags: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     biases: dict[str, str | bool] = field(default_factory=dict)
     activations: dict[str, str] = field(default_factory=dict)  # ours -> theirs, where it is not the usual name
     shares_keys: bool = True  # knows n_kv_head; else keys and values are written out for every head
@@ -237,9 +237,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             ("model.layers.{i}.pre_feedforward_layernorm", "blocks.{i}.norm_mlp"))},
         {k: v for k, v in _RMS.items() if k != "hidden_act"}
         | {"hidden_activation": ("mlp",), "query_pre_attn_scalar": ("head_width",),
-           "final_logit_softcapping": ("logit_softcap",)},
-        constants={"attn_logit_softcapping": None, "attention_bias": False, "sliding_window": None,
-                   "layer_types": ["full_attention"]},
+           "final_logit_softcapping": ("logit_softcap",), "sliding_window": ("block_size",)},  # which no layer has
+        constants={"attn_logit_softcapping": None, "attention_bias": False, "layer_types": ["full_attention"]},
         absent=_RMS_ABSENT | {"head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
                               "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
                               "tie_word_embeddings": True, "layer_types": ["sliding_attention"]},
@@ -259,10 +258,10 @@ def choose(config: ModelConfig) -> str:
     nearest = min(misses, key=lambda kind: len(misses[kind]))  # the first of the best
     if not misses[nearest]:
         return nearest
-    reasons = ", ".join(f"model.{option} {value}" for option, value in misses[nearest].items())
+    reasons = " and ".join(f"model.{option}={value}" for option, value in misses[nearest].items())
     raise UserError(
         f"no architecture of transformers is the same function as this model; the nearest, "
-        f"{ARCHITECTURES[nearest].name}, has no {reasons}"
+        f"{ARCHITECTURES[nearest].name}, cannot have {reasons}"
     )
 
 
@@ -290,6 +289,7 @@ def settings_of(kind: str, config: ModelConfig) -> dict[str, Any]:
     ours["mlp"] = (ACTIVATIONS | architecture.activations)[config.mlp]
     settings = {key: ours[options[-1]] for key, options in architecture.settings.items()}
     settings |= {key: any(ours[o] for o in options) for key, options in architecture.flags.items()}
+    settings |= dict.fromkeys(architecture.ignored, 0.0)
     if "rope" in architecture.can["position"]:
         # Written twice: transformers 5 reads the second, older versions the first.
         rotary = {"rope_theta": config.rope_base}
@@ -318,7 +318,7 @@ def options_of(theirs: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
     said = architecture.absent | theirs
     # What is not among its settings follows from what it is.
     ours: dict[str, Any] = {o: architecture.can[o][0] for o in ("position", "norm", "qk_norm") if o in architecture.can}
-    ours["bias_head"] = False
+    ours |= {"bias_head": False} | dict.fromkeys(DROPOUTS, 0.0)
     for key, options in architecture.settings.items():
         if key not in said:
             raise UserError(f"{where}: it does not say {key}")
@@ -333,7 +333,8 @@ def options_of(theirs: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
     if misses := _misses(config, architecture):
         raise UserError(f"{where}: a {kind} model with " + ", ".join(f"{o} {v}" for o, v in misses.items())
                         + " cannot be imported")  # fmt: skip
-    _check_the_rest(said, settings_of(kind, config), where)
+    expected = {key: value for key, value in settings_of(kind, config).items() if key not in architecture.ignored}
+    _check_the_rest(said, expected, where)
     return kind, _with_nulls(config)
 
 
@@ -381,4 +382,6 @@ def _with_nulls(config: ModelConfig) -> ModelConfig:
         changes["norm_eps"] = None
     if config.mlp_width == default_mlp_width(config):
         changes["mlp_width"] = None
+    if config.dropout_attn == config.dropout_proj == config.dropout_mlp:
+        changes |= {"dropout": config.dropout_attn or 0.0} | dict.fromkeys(DROPOUTS)
     return config.model_copy(update=changes)
