@@ -305,7 +305,7 @@ def _explain(error: Any, document: object) -> str:
         )
         return f"unknown key {key}; {hint}"
     if error["type"] == "value_error":  # our own validators, whose message is complete
-        return f"{key}: {error['ctx']['error']}"
+        return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
     if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return f"{key or 'the config'}: expected a section of keys, not {shown}"
     if key == "runtime.device" or (error["loc"] and error["loc"][-1] == "device"):

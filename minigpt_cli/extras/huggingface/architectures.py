@@ -76,6 +76,7 @@ class Architecture:
     shares_keys: bool = True  # knows n_kv_head; else keys and values are written out for every head
     rotates_part: float | None = None  # the share of a head that turns by default, if there is such a setting
     ignored: dict[str, str] = field(default_factory=dict)  # their key, whose effect is not carried over -> what it is
+    only_read: bool = False  # what it can is said by another too; transformers may give it a tokenizer of its own
 
     @property
     def norms_have_biases(self) -> bool:
@@ -160,13 +161,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral": Architecture(
         "MistralForCausalLM", _RMS_CAN | {"bias": (False,), "bias_qkv": (False,)}, _modules(_LLAMA | _GATED, {}), _RMS,
         constants={"sliding_window": None}, absent=_RMS_ABSENT | {"sliding_window": 4096},
-        biases={"bias": False, "bias_qkv": False},
+        biases={"bias": False, "bias_qkv": False}, only_read=True,
     ),
     "qwen2": Architecture(
         "Qwen2ForCausalLM", _RMS_CAN | {"bias": (False,), "bias_qkv": (True,), "head_width": (None,)},
         _modules(_LLAMA | _GATED, dict.fromkeys("qkv", True)), {k: v for k, v in _RMS.items() if k != "head_dim"},
         constants={"use_sliding_window": False}, absent=_RMS_ABSENT | {"use_sliding_window": False},
-        biases={"bias": False, "bias_qkv": True},
+        biases={"bias": False, "bias_qkv": True}, only_read=True,
     ),
     "qwen3": Architecture(
         "Qwen3ForCausalLM", _RMS_CAN | {"qk_norm": (True,), "bias": (False,)},
@@ -254,7 +255,7 @@ OURS_BY_ACTIVATION = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {"
 
 def choose(config: ModelConfig) -> str:
     """The model_type of the architecture that is this config's function. UserError, naming what stands in the way."""
-    misses = {kind: _misses(config, architecture) for kind, architecture in ARCHITECTURES.items()}
+    misses = {kind: _misses(config, there) for kind, there in ARCHITECTURES.items() if not there.only_read}
     nearest = min(misses, key=lambda kind: len(misses[kind]))  # the first of the best
     if not misses[nearest]:
         return nearest
@@ -311,7 +312,7 @@ def not_carried(kind: str, config: ModelConfig) -> list[str]:
 def options_of(theirs: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
     """The model_type and our config of a config.json. UserError, naming the setting that stands in the way."""
     kind = theirs.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise UserError(f"{where}: model_type {str(kind)[:40]!r} is not among those that can be imported: {known}")
     architecture = ARCHITECTURES[kind]

@@ -6,15 +6,19 @@ import math
 import re
 from pathlib import Path
 
+import torch
+
 from minigpt_cli.core.checkpoint import Checkpoint
 from minigpt_cli.core.config import ModelConfig
 from minigpt_cli.core.dataset import Dataset, require_known_tokens
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.evaluate import text_size
+from minigpt_cli.core.model import GPT
 from minigpt_cli.core.plain_yaml import dump_yaml
 from minigpt_cli.core.tokenizer import BpeTokenizer
 
-_PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")  # all of it: Markdown lets any be escaped, and then it is text
+# What can mean something in Markdown or HTML, or make a link of an address; escaped, each is plain text.
+_MARKUP = re.compile(r"([\\`*_{}\[\]<>#+=!|~&:/@$-]|(?<=www)\.)", re.IGNORECASE)
 LONGEST = 120  # characters of a name from a header
 
 
@@ -22,8 +26,10 @@ def model_card(checkpoint: Checkpoint, name: str, architecture: str) -> str:
     """Markdown. Numbers that are not known are left out, and the licence is the user's to choose."""
     header, config, tokenizer = checkpoint.header, checkpoint.config.model, checkpoint.tokenizer
     data = _dataset(checkpoint)
+    with torch.device("meta"):
+        parameters = GPT(config, tokenizer.vocab_size).parameter_counts()["total"]
     rows = [
-        ("parameters", f"{checkpoint.model('meta').parameter_counts()['total']:,}"),
+        ("parameters", f"{parameters:,}"),
         ("context", f"{config.block_size:,} tokens"),
         ("vocabulary", f"{tokenizer.vocab_size:,} ({tokenizer.kind})"),
         ("architecture", plain(architecture)),
@@ -92,7 +98,7 @@ Not stated. Whoever publishes this model chooses one, and minds the rights in th
 def plain(text: str) -> str:
     """`text` from elsewhere as Markdown that shows exactly that text, on one line."""
     shown = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
-    return _PUNCTUATION.sub(r"\\\1", shown[:LONGEST] + ("..." if len(shown) > LONGEST else ""))
+    return _MARKUP.sub(r"\\\1", shown[:LONGEST] + ("..." if len(shown) > LONGEST else ""))
 
 
 def _dataset(checkpoint: Checkpoint) -> Dataset | None:

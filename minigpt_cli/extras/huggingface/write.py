@@ -54,6 +54,7 @@ def write(
             save_file(plain, new / WHOLE, metadata={"format": "pt"})
             for name, document in documents.items():
                 (new / name).write_text(json.dumps(document, indent=1, ensure_ascii=False), encoding="utf-8")
+            (new / WHOLE).chmod((new / "config.json").stat().st_mode & 0o777)  # safetensors made it for the owner alone
             (new / "README.md").write_text(model_card(checkpoint, folder.name, architecture.name), encoding="utf-8")
             for path in new.iterdir():
                 _flush(path)
