@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import published
 from inspected import made_checkpoint
@@ -75,6 +75,7 @@ def test_a_shipped_config_is_the_same_function_in_transformers(name: str, expect
     assert write(saved, tmp_path / "out", note=notes.append).startswith(expected)
     assert_same_function(saved, tmp_path / "out")
     assert ("dropout" in "".join(notes)) == (name in ("modern", "v2"))  # they cannot say these rates
+    assert getattr(AutoConfig.from_pretrained(tmp_path / "out"), "embd_pdrop", 0) == 0  # GPT-2's, by default 0.1
 
 
 # Each architecture, and each option that it can have. What is left out is as in `tiny`: GPT-2's.
