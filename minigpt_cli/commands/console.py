@@ -201,3 +201,16 @@ def read_prompt(name: str) -> str:
         raise UserError(f"{name}: not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise UserError(f"{name}: {error.strerror}") from None
+
+
+def check_new_file(path: Path, force: bool, source: Path) -> None:
+    """Before any work: may `path` be written, which is made from `source`? Raises UserError."""
+    try:
+        if path.is_dir():
+            raise UserError(f"{path}: a folder; name the file to make")
+        if path.exists() and source.exists() and path.samefile(source):
+            raise UserError(f"{path}: that is what is read; name another file")
+        if path.exists() and not force:
+            raise UserError(f"{path} exists; --force replaces it, or name another file")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None

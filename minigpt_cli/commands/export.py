@@ -7,30 +7,42 @@ from typing import Annotated
 
 import typer
 
-from minigpt_cli.commands.console import Debug, note, safe
+from minigpt_cli.commands.console import Debug, check_new_file, note, safe
 from minigpt_cli.core.errors import UserError
 
 
 def export(
-    out: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make; with --to gguf, the file.")],
     ckpt: Annotated[Path, typer.Option("--ckpt", help="A checkpoint: last.safetensors or best.safetensors of a run.")],
-    to: Annotated[str, typer.Option("--to", metavar="hf", help="hf: a folder for Hugging Face's transformers.")] = "hf",
+    to: Annotated[
+        str, typer.Option("--to", metavar="hf|gguf", help="hf: Hugging Face's transformers; gguf: llama.cpp.")
+    ] = "hf",
     force: Annotated[bool, typer.Option("--force", help="Replace a model that is already there.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Take a model elsewhere: write it as a folder that transformers loads, with no code of minigpt's.
+    """Take a model elsewhere, in a form that needs no code of minigpt's.
 
-    The model becomes the architecture that is the same function (GPT-2, Llama, Qwen3, StableLM, ...), the tokenizer a
-    tokenizer.json with the same ids; a README.md (model card) says what it is. A model that no architecture expresses
-    is refused, and the option that stands in the way is named.
+    hf makes a folder for transformers: the model as the architecture that is the same function (GPT-2, Llama, Qwen3,
+    StableLM, ...), the tokenizer with the same ids, and a README.md (model card). gguf makes one file for llama.cpp and
+    what is built on it. What cannot be the same there is refused, and the option that stands in the way is named.
 
     Example: minigpt export --ckpt checkpoints/best.safetensors --to hf exported
+
+    Example: minigpt export --ckpt checkpoints/best.safetensors --to gguf model.gguf
     """
-    if to != "hf":
-        raise UserError(f"--to {to}: hf")
+    if to not in ("hf", "gguf"):
+        raise UserError(f"--to {to}: hf or gguf")
     from minigpt_cli.core.checkpoint import load
     from minigpt_cli.extras.huggingface.write import check_folder, write
 
-    check_folder(out, force)  # before a large file is read
-    architecture = write(load(ckpt, weights_only=True), out, force=force, note=note)
-    print(safe(f"Wrote {out}: {architecture}, for AutoModelForCausalLM.from_pretrained and AutoTokenizer"))
+    if to == "hf":
+        check_folder(out, force)  # before a large file is read
+        architecture = write(load(ckpt, weights_only=True), out, force=force, note=note)
+        print(safe(f"Wrote {out}: {architecture}, for AutoModelForCausalLM.from_pretrained and AutoTokenizer"))
+        return
+    from minigpt_cli.extras.gguf import write_gguf
+
+    check_new_file(out, force, ckpt)
+    checkpoint = load(ckpt, weights_only=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    print(safe(f"Wrote {out}: {write_gguf(checkpoint, out)} for llama.cpp, in float32"))

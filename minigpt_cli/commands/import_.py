@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from minigpt_cli.commands.console import Debug, note, safe
+from minigpt_cli.commands.console import Debug, check_new_file, note, safe
 from minigpt_cli.core.errors import UserError
 
 
@@ -35,13 +35,13 @@ def import_model(
 
     Example: minigpt import path/to/gpt2 --out checkpoints/gpt2.safetensors
     """  # fmt: skip
-    _check_output(out, force)
+    check_new_file(out, force, path)
     from minigpt_cli.core import checkpoint
     from minigpt_cli.extras.huggingface.read import read
 
     found = read(path, block_size=block_size, note=note)
     if out.exists() and not force:  # it came meanwhile
-        raise UserError(f"{out} exists; --force replaces it, --out names another file")
+        raise UserError(f"{out} exists; --force replaces it")
     out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.save(out, found.tensors, found.header.model_dump(exclude={"versions", "checksums"}))
     model = found.model("meta")
@@ -49,14 +49,3 @@ def import_model(
     context = found.config.model.block_size
     print(safe(f"Wrote {out}: {parameters:,} parameters, {tokens:,} tokens, a context of {context:,}"))
     print(safe(f"Next: minigpt sample --ckpt {shlex.quote(str(out))}"))
-
-
-def _check_output(out: Path, force: bool) -> None:
-    """Before any work: may the checkpoint be written there? Raises UserError."""
-    try:
-        if out.is_dir():
-            raise UserError(f"{out}: a folder; name the file to make, for example {out / 'imported.safetensors'}")
-        if out.exists() and not force:
-            raise UserError(f"{out} exists; --force replaces it, --out names another file")
-    except OSError as error:
-        raise UserError(f"{out}: {error.strerror}") from None
