@@ -20,7 +20,8 @@ from minigpt_cli.core.config import ModelConfig
 from minigpt_cli.core.errors import MinigptError, UserError
 from minigpt_cli.core.files import atomic_write
 from minigpt_cli.core.tokenizer import BpeTokenizer, Tokenizer
-from minigpt_cli.extras.huggingface.architectures import ARCHITECTURES, Values, choose, resolved
+from minigpt_cli.extras.huggingface.architectures import ARCHITECTURES, Values
+from minigpt_cli.extras.huggingface.settings import choose, resolved
 from minigpt_cli.extras.huggingface.weights import pack
 
 # What llama.cpp has of each: its GPT-2 knows one activation, its Qwen3 no biases.

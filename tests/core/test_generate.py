@@ -302,7 +302,8 @@ def test_a_row_linear_is_the_linear_in_bf16(shape: tuple[int, ...], bias: bool, 
 @pytest.mark.parametrize(
     "options",
     [{}, {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True, "n_kv_head": 1, "bias": False},
-     {"tie_weights": True, "logit_softcap": 15.0, "mlp": "gelu"}, {"n_layer": 0, "norm": "none"}],
+     {"tie_weights": True, "logit_softcap": 15.0, "mlp": "gelu"}, {"n_layer": 0, "norm": "none"},
+     {"mlp": "gelu_tanh", "head_width": 24, "norm_eps": 0.01}],
     ids=str,
 )  # fmt: skip
 def test_decoding_in_bf16_stays_near_float32_with_and_without_the_cache(options: dict[str, object], tiny: Tiny) -> None:
@@ -348,7 +349,7 @@ class Tape:
 
 OPTIONS = [
     {}, {"position": "rope"}, {"position": "none", "n_kv_head": 1},
-    {"position": "rope", "qk_norm": True, "n_kv_head": 2},
+    {"position": "rope", "qk_norm": True, "n_kv_head": 2, "head_width": 6},
 ]  # fmt: skip
 
 

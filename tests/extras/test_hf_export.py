@@ -32,8 +32,9 @@ from minigpt_cli.core.tokenizer import (
     train_bpe,
 )
 from minigpt_cli.extras.huggingface import read, write
-from minigpt_cli.extras.huggingface.architectures import ARCHITECTURES, settings_of
+from minigpt_cli.extras.huggingface.architectures import ARCHITECTURES
 from minigpt_cli.extras.huggingface.card import plain
+from minigpt_cli.extras.huggingface.settings import settings_of
 from minigpt_cli.extras.huggingface.write import FILES
 
 Tiny = Callable[..., ModelConfig]

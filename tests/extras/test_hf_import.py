@@ -27,7 +27,8 @@ from minigpt_cli.core.errors import CheckpointError, MinigptError, UserError
 from minigpt_cli.core.files import MAX_JSON_BYTES
 from minigpt_cli.core.generate import Sampling, generate
 from minigpt_cli.extras.huggingface import read
-from minigpt_cli.extras.huggingface.architectures import ARCHITECTURES, options_of, settings_of
+from minigpt_cli.extras.huggingface.architectures import ARCHITECTURES
+from minigpt_cli.extras.huggingface.settings import options_of, settings_of
 
 TOKENIZER = published.qwen()
 V = published.LEARNED + 3

@@ -349,6 +349,16 @@ def test_embeddings_plane_is_the_singular_value_decomposition(tmp_path: Path) ->
     assert found["kinds"] == [0, 1, 1, 1, 0, 1, 1, 1, 0, 1, 1]  # a, e and i are vowels
 
 
+def test_heads_of_a_width_of_their_own_are_seen_whole(tmp_path: Path) -> None:
+    config = ModelConfig(
+        n_layer=1, n_head=3, n_embd=16, head_width=6, block_size=8, position="rope", mlp="gelu_tanh", norm_eps=1e-3
+    )
+    found = report_of(GPT(config, V), tmp_path)
+    assert found["positions"]["wavelengths"] == pytest.approx([2 * math.pi * 10000 ** (i / 3) for i in range(3)])
+    assert [len(head) for head in found["attention"]["queries"][0]] == [8, 8, 8]
+    assert {len(query) for head in found["attention"]["queries"][0] for query in head} == {6}
+
+
 def test_positions_are_cosines_or_wavelengths(tmp_path: Path) -> None:
     learned = GPT(ModelConfig(n_layer=0, n_embd=6, block_size=8), V)
     similarity = report_of(learned, tmp_path)["positions"]["similarity"]

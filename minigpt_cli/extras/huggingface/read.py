@@ -20,7 +20,8 @@ from minigpt_cli.core.files import MAX_JSON_BYTES, bounded_json
 from minigpt_cli.core.model import GPT
 from minigpt_cli.core.tokenizer import Tokenizer, read_tokenizer_document
 from minigpt_cli.extras.huggingface import vocabulary, weights
-from minigpt_cli.extras.huggingface.architectures import ARCHITECTURES, options_of
+from minigpt_cli.extras.huggingface.architectures import ARCHITECTURES
+from minigpt_cli.extras.huggingface.settings import options_of
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FINGERPRINT = "imported"  # no dataset has it

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from minigpt_cli.core.config import ModelConfig
 from minigpt_cli.core.errors import UserError
-from minigpt_cli.extras.huggingface.architectures import ARCHITECTURES, Architecture, Module, resolved
+from minigpt_cli.extras.huggingface.architectures import ARCHITECTURES, Architecture, Module
+from minigpt_cli.extras.huggingface.settings import resolved
 
 Tensors = dict[str, Tensor]
 LARGEST_MISS = 1e-5  # of a logit, that folding the head's bias may cost

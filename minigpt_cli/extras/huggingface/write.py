@@ -14,9 +14,10 @@ from minigpt_cli.core.checkpoint import MODEL, Checkpoint
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.folders import clear_leftovers, locked, published
 from minigpt_cli.extras.huggingface import vocabulary, weights
-from minigpt_cli.extras.huggingface.architectures import ARCHITECTURES, choose, not_carried, settings_of
+from minigpt_cli.extras.huggingface.architectures import ARCHITECTURES
 from minigpt_cli.extras.huggingface.card import model_card
 from minigpt_cli.extras.huggingface.read import WHOLE
+from minigpt_cli.extras.huggingface.settings import choose, not_carried, settings_of
 
 FILES = {WHOLE, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
 NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # a text has no special beginning or end
