@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,18 @@ def test_a_folder_that_cannot_be_read_says_why(case: str, folders: Path, tmp_pat
     damage(folder)
     with pytest.raises(kind, match=message):
         read(folder)
+
+
+def test_a_header_that_lies_about_its_size_takes_no_memory(folders: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders / "llama", tmp_path / "copy"))
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.write((1 << 30).to_bytes(8, "little"))
+        file.truncate(1 << 31)  # a hole: it takes no room on the disk
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        read(folder)
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
 
 
 def test_a_path_that_is_no_model_says_why(tmp_path: Path) -> None:
