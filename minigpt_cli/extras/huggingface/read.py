@@ -203,8 +203,6 @@ def _cut(
     """Without the rows that stand for no token, and with as much of the context as was asked for."""
     for name in ("token_embedding.weight", "head.weight"):
         tensors[name] = tensors[name][:vocab_size]
-    if config.tie_weights:
-        tensors["head.weight"] = tensors["token_embedding.weight"]
     if block_size is None:
         return config, tensors
     if not 1 <= block_size <= config.block_size:
