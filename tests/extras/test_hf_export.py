@@ -236,6 +236,15 @@ def test_a_folder_appears_whole_and_replaces_only_an_export(tmp_path: Path, tiny
     assert os.listdir(out.parent) == ["out"]
 
 
+def test_every_file_is_on_the_disk_before_the_folder_has_its_name(
+    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: set[int] = set()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.add(os.fstat(descriptor).st_ino))
+    write(shaken(tiny(bias_head=False), tmp_path / "made"), tmp_path / "out")
+    assert {path.stat().st_ino for path in (tmp_path / "out").iterdir()} <= flushed
+
+
 def test_a_failure_leaves_nothing_behind(tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     def full_disk(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
