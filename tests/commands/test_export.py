@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from commands.conftest import TINY, call, environment, run, sets, tree
 
@@ -158,3 +159,25 @@ def test_names_that_would_drive_a_terminal_are_spelled_out(here: Path) -> None:
     (here / evil / "config.json").write_text(json.dumps(config | {"model_type": evil}))
     done = call("import", evil, "--out", "x")
     assert "\x1b" not in done.error
+
+
+def test_one_file_is_made_of_parts_and_of_a_file_with_more_in_it(here: Path) -> None:
+    done = call("train", "--config", "gpt", *TINY, *sets(runtime__checkpoints="sharded"), "--out", "parts")
+    assert done.code == 0
+    (parts,) = Path("parts").glob("best-*.sharded")
+    assert f"minigpt export --ckpt {parts} --to file best.safetensors" in done.out
+    refused = call("sample", "--ckpt", parts)
+    assert refused.code == 2
+    assert "in parts" in refused.err
+    whole = call("train", "--config", "gpt", *TINY, "--out", "whole")
+    assert whole.code == 0
+    for ckpt, out in ((parts, "a.safetensors"), (Path("whole/last.safetensors"), "b.safetensors")):
+        done = call("export", "--ckpt", ckpt, "--to", "file", out)
+        assert (done.code, done.err, done.out) == (0, "", f"Wrote {out}: the weights of step 20\n")
+    best = load_file("whole/best.safetensors")
+    for out in ("a.safetensors", "b.safetensors"):
+        made = load_file(out)
+        assert made.keys() == best.keys()
+        assert all(torch.equal(made[name], tensor) for name, tensor in best.items())
+    assert call("sample", "--ckpt", "a.safetensors", "--tokens", 5).code == 0
+    assert call("export", "--ckpt", parts, "--to", "file", "a.safetensors").code == 2
