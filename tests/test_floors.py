@@ -14,11 +14,11 @@ import minigpt_cli
 PACKAGE = Path(minigpt_cli.__file__).parent
 FLOORS = [
     {"background", "detokenize", "errors", "files", "signals"},
-    {"bpe", "folders", "metrics", "plain_yaml", "textfiles"},
+    {"bpe", "folders", "metrics", "plain_yaml", "processes", "textfiles"},
     {"config", "dataset", "sharding", "textstream", "tokenizer", "world"},
-    {"corpus", "kernels", "runtime"},
-    {"layers"},
-    {"model"},
+    {"documents", "kernels", "runtime", "unfinished"},
+    {"encoder", "layers"},
+    {"corpus", "model"},
     {"checkpoint", "evaluate", "generate", "optim"},
     {"shards"},
     {"run"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
@@ -43,7 +44,11 @@ def test_every_command_in_the_readme_runs(tmp_path: Path, verse: str) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "input.txt").write_text(verse + "ROMEO:")
     (tmp_path / "books").mkdir()
-    (tmp_path / "books" / "one.txt").write_text(verse)
+    for number in range(9):
+        (tmp_path / "books" / f"{number}.txt").write_text(f"{number} {verse}")
+    (tmp_path / "crawl").mkdir()
+    documents = "".join(json.dumps({"text": f"{number} {verse[:99]}"}) + "\n" for number in range(99))
+    (tmp_path / "crawl" / "one.jsonl").write_text(documents)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for words in commands():

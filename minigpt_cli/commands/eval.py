@@ -90,6 +90,7 @@ def _measure(ckpt: Path, data: Path | None, split: str, device: str, world: Worl
 def _find_tokens(checkpoint: Checkpoint, data: Path | None, split: str) -> tuple[Tokens, Tokens | None]:
     """The tokens to score, and the training split to count baselines on where there is one."""
     from minigpt_cli.core.dataset import Dataset, require_known_tokens
+    from minigpt_cli.core.tokenizer import same_ids
 
     path = data if data is not None else Path(checkpoint.config.data.path)
     if path.is_file():
@@ -108,7 +109,7 @@ def _find_tokens(checkpoint: Checkpoint, data: Path | None, split: str) -> tuple
             else f"{path}, the data it was trained on, is not here; name a dataset folder or a text file with --data"
         )
     dataset = Dataset(path)
-    if dataset.meta.tokenizer != checkpoint.tokenizer.to_json():
+    if not same_ids(dataset.meta.tokenizer, checkpoint.tokenizer.to_json()):
         raise UserError(f"{path}: prepared with another tokenizer than the model's; give --data the text file itself")
     for tokens in (dataset.train, dataset.val):
         require_known_tokens(tokens, checkpoint.tokenizer.vocab_size, path)

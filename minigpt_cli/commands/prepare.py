@@ -12,12 +12,16 @@ from minigpt_cli.commands import console
 
 if TYPE_CHECKING:
     from minigpt_cli.core.corpus import Report
+    from minigpt_cli.core.dataset import SplitMeta
 
 
 def prepare(
     inputs: Annotated[
         list[Path],
-        typer.Argument(metavar="INPUT...", help='Text files, folders of them, or quoted globs such as "books/*.txt".'),
+        typer.Argument(
+            metavar="INPUT...",
+            help='Files of text or documents, folders of them, or quoted globs such as "books/*.txt".',
+        ),
     ],
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The dataset folder to make. [default: data/<name of the input>]")
@@ -32,20 +36,35 @@ def prepare(
         int | None, typer.Option(metavar="N", help="How many tokens bpe learns. [default: 4096]")
     ] = None,
     val_fraction: Annotated[
-        float, typer.Option(metavar="F", help="The share of the text, from its end, kept for validation.")
+        float,
+        typer.Option(
+            metavar="F", help="The share kept for validation: the end of a text, or so many of the documents."
+        ),
     ] = 0.1,
     text_field: Annotated[
-        str, typer.Option(metavar="NAME", help="The field that holds the text in .jsonl files.")
+        str, typer.Option(metavar="NAME", help="The field (.jsonl) or column (.parquet) that holds the text.")
     ] = "text",
+    documents: Annotated[
+        bool, typer.Option("--documents", help="Each text file is a document of its own, not a part of one text.")
+    ] = False,
+    shard_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="How many tokens a file holds at most. [default: 1073741824]")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", help="How many processes tokenize. [default: one a processor]")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a dataset that is already there.")] = False,
     debug: console.Debug = False,
 ) -> None:
     """
     Turn text into tokens: the first step, once for each text.
 
-    Any UTF-8 text will do, of any size: one file, several, a folder. .jsonl holds one document a line, and .gz files
-    are unpacked on the way. The first nine tenths become the training text, the rest is kept to measure how good a
-    model is. The result is a folder that `minigpt train` reads.
+    Any UTF-8 text will do, of any size: one file, several, a folder; .gz and .zst are unpacked on the way. The first
+    nine tenths become the training text, the rest is kept to measure how good a model is. The result is a folder that
+    `minigpt train` reads.
+
+    .jsonl holds one document a line, .parquet one a row. Each document ends with a token of its own, <|endoftext|>, and
+    goes to one of the splits as a whole. (.zst and .parquet: pip install "minigpt[data]".)
 
     A token is a character (char, the default: easy to look at, right for small models), a byte (any text, 256 tokens),
     or a frequent piece of a word (bpe: learned from the text, three to four characters a token, right for larger ones).
@@ -55,6 +74,11 @@ def prepare(
     Without that file, tiny Shakespeare is fetched first (data/sources.yaml says from where).
 
     Example: minigpt prepare "books/*.txt" notes.md.gz --out data/books --tokenizer bpe --vocab-size 8000
+
+    Large corpora take all processors and little memory. Killed or stopped after a while, the same command goes on from
+    what was done; what comes out is the same.
+
+    Example: minigpt prepare "crawl/*.parquet" --out data/crawl --tokenizer bpe --vocab-size 32768 --val-fraction 0.005
     """
     from minigpt_cli.core import corpus
     from minigpt_cli.extras import sources
@@ -66,10 +90,14 @@ def prepare(
         def show(stage: str, done: int, total: int) -> None:
             bar.update(bar.task_ids[0], description=console.safe(stage), completed=done, total=total)
 
+        def show_kept(part: Path) -> None:
+            console.note(f"{part}: what was done is kept here, and the same command goes on from it")
+
         source = sources.fetch_missing(inputs, note=console.note, progress=show)
         report = corpus.prepare(
             inputs, target, tokenizer=tokenizer, vocab_size=vocab_size, val_fraction=val_fraction,
-            text_field=text_field, source=source, force=force, progress=show,
+            text_field=text_field, documents=documents, shard_tokens=shard_tokens, workers=workers,
+            source=source, force=force, progress=show, kept=show_kept,
         )  # fmt: skip
     for line in report.notes:
         console.note(line)
@@ -77,13 +105,20 @@ def prepare(
 
 
 def default_out(first: Path) -> Path:
-    """data/<stem>: data/input.txt -> data/input, books/a.jsonl.gz -> data/a, books/ -> data/books."""
+    """data/<stem>: data/input.txt -> data/input, books/a.jsonl.zst -> data/a, books/ -> data/books."""
     name = first.name or first.resolve().name
     if not first.is_dir():
-        name = name[:-3] if name.lower().endswith(".gz") else name
+        name = Path(name).stem if name.lower().endswith((".gz", ".zst")) else name
         name = Path(name).stem
     name = "".join("_" if c in "*?[]" else c for c in name).strip("_.") or "corpus"
     return Path("data", name)
+
+
+def _split(meta: SplitMeta) -> str:
+    parts = [f"{meta.tokens:,} tokens"]
+    parts += [f"{meta.documents:,} documents"] if meta.documents is not None else []
+    parts += [f"{len(meta.shards):,} files"] if meta.shards else []
+    return ", ".join(parts)
 
 
 def _show(report: Report, out: Path) -> None:
@@ -94,8 +129,8 @@ def _show(report: Report, out: Path) -> None:
         ("tokens", f"{report.tokens:,}"),
         ("bytes per token", f"{report.bytes / report.tokens:.2f}"),
         ("vocabulary", f"{report.vocab_size:,} ({meta.tokenizer['kind']})"),
-        ("training split", f"{meta.train.tokens:,} tokens"),
-        ("validation split", f"{meta.val.tokens:,} tokens"),
+        ("training split", _split(meta.train)),
+        ("validation split", _split(meta.val)),
         ("time", f"{report.seconds:.2f} s ({report.bytes / 1e6 / report.seconds:,.0f} MB/s)"),
     ]
     console.print_table(f"{out}: ready", rows)

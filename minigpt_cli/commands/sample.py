@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def sample(
     ckpt: Annotated[Path, typer.Option("--ckpt", help="A checkpoint: last.safetensors or best.safetensors of a run.")],
     prompt: Annotated[
-        str | None, typer.Option("--prompt", help="The text to go on from. [default: token 0, not printed]")
+        str | None,
+        typer.Option("--prompt", help="The text to go on from. [default: an end of text, or token 0; not printed]"),
     ] = None,
     prompt_file: Annotated[
         str | None, typer.Option("--prompt-file", help="Read the prompt from a file; - is stdin.")
@@ -60,7 +61,8 @@ def sample(
 ) -> None:
     """Write text with a trained model.
 
-    Prompt and text go to stdout as they are made, and nothing else does. When the context window is full, a model with
+    Prompt and text go to stdout as they are made, and nothing else does. A text ends with its document, where the model
+    was trained on documents. When the context window is full, a model with
     rotary positions forgets its oldest token for each new one; learned positions cannot slide, so the newest half is
     kept and read again. --exact-window instead recomputes the whole window for every token, as the original scripts
     did: slower, with exactly the longest context for each token.
@@ -95,7 +97,7 @@ def sample(
         if line.startswith("precision"):
             note(line)
     model = for_decoding(model.to(runtime.device), runtime)
-    prompt_BP = torch.tensor([ids or [0]], device=runtime.device).expand(num_samples, -1)
+    prompt_BP = torch.tensor([ids or [tokenizer.end_of_text or 0]], device=runtime.device).expand(num_samples, -1)
     generator = torch.Generator(runtime.device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
     stream = generate(
@@ -138,7 +140,7 @@ def _print_texts(
     from minigpt_cli.core.detokenize import Detokenizer
 
     pieces = tokenizer.token_bytes()
-    texts = [Detokenizer(pieces, [stop] if stop else []) for _ in range(count)]
+    texts = [Detokenizer(pieces, [stop] if stop else [], tokenizer.end_of_text) for _ in range(count)]
     try:
         _write(prompt, raw)
         for ids in stream:
@@ -167,8 +169,9 @@ def _print_probabilities(stream: Any, tokenizer: Tokenizer, prompt: str, stop: s
 
     from minigpt_cli.core.detokenize import Detokenizer
 
-    console, text = stdout(), Detokenizer(tokenizer.token_bytes(), [stop] if stop else [])
-    pieces = [_quoted(piece) for piece in tokenizer.token_bytes()]
+    console, end = stdout(), tokenizer.end_of_text
+    text = Detokenizer(tokenizer.token_bytes(), [stop] if stop else [], end)
+    pieces = [_quoted(piece) if i != end else "<end of text>" for i, piece in enumerate(tokenizer.token_bytes())]
     if prompt:
         console.print(Text(safe(prompt)), soft_wrap=True)
     for ids_B, logits_BV in stream:

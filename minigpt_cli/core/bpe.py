@@ -16,6 +16,7 @@ from typing import Any
 from minigpt_cli.core.errors import UserError
 
 MAX_VOCAB = 1_000_000
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>")  # the names in use; the first is ours
 
 # A letter or digit before white space. No pre-tokenizer in use (GPT-2's, GPT-4's, Llama 3's, Qwen's) lets a token reach
 # over that border or looks back across it, so that text may be cut there without changing a single token.
@@ -149,6 +150,25 @@ def token_table(document: dict[str, Any]) -> list[bytes]:
     for content, i in plain.items():
         table[i] = content.encode("utf-8", "replace")
     return table
+
+
+def with_end_of_text(document: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """A checked document that has a special token for the end of a document, and its id: one of its own, or a new one
+    after all others, as GPT-2 has it."""
+    table, special = token_table(document), {t["content"]: t["id"] for t in document["added_tokens"] if t["special"]}
+    for name in END_OF_TEXT:
+        if name in special and not table[special[name]]:
+            return document, special[name]
+    number = document["model"]["vocab"].get(END_OF_TEXT[0], len(table))  # GPT-2's vocab.json has it among the others
+    if number >= MAX_VOCAB:
+        raise UserError(f"the tokenizer has no end-of-text token, and with {len(table):,} tokens no room for one")
+    return document | {"added_tokens": [*document["added_tokens"], end_of_text_token(number)]}, number
+
+
+def end_of_text_token(number: int) -> dict[str, Any]:
+    """What a document's added_tokens say of it."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {"id": number, "content": END_OF_TEXT[0]} | flags
 
 
 def rust_tokenizer(document: dict[str, Any]) -> Any:

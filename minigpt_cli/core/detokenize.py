@@ -9,17 +9,19 @@ from collections.abc import Sequence
 class Detokenizer:
     """Tokens in, whole UTF-8 text out; holds back what may yet turn out to be the beginning of a stop text.
 
-    `pieces` are the bytes of each id. `seen` counts the characters of all tokens so far, held back or not.
+    `pieces` are the bytes of each id. The text ends before a stop text, or with the token `end`. `seen` counts
+    the characters of all tokens so far, held back or not.
     """
 
-    def __init__(self, pieces: Sequence[bytes], stops: Sequence[str] = ()) -> None:
-        self._pieces, self._stops = pieces, stops
+    def __init__(self, pieces: Sequence[bytes], stops: Sequence[str] = (), end: int | None = None) -> None:
+        self._pieces, self._stops, self._end = pieces, stops, end
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held, self.seen, self.ended = "", 0, False
 
     def add(self, token: int) -> None:
         if not self.ended:
-            self._grow(self._decoder.decode(self._pieces[token]))
+            self._grow(self._decoder.decode(self._pieces[token], final=token == self._end))
+            self.ended = self.ended or token == self._end
 
     def take(self) -> str:
         """The text that is certain by now, once."""

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minigpt_cli.core.dataset import Tokens
+from minigpt_cli.core.dataset import Array, Tokens, pieces, require_ids
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.model import GPT
 from minigpt_cli.core.runtime import Runtime
 from minigpt_cli.core.tokenizer import Tokenizer
 
 MAX_LOGITS = 1 << 26  # elements at once: 256 MB in float32
-MAX_COUNTED = 20_000_000  # training tokens that a bigram model of a large vocabulary is counted on
+MAX_COUNTED = 20_000_000  # tokens that a bigram model is scored on; and counted on, if the vocabulary is large
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ def evaluate(
             return None
         turn = first + world.rank
         x, y = windows[min(turn, len(windows) - 1)]  # a sliced model takes every rank to run, if only for show
+        require_ids(x, model.vocab_size)
+        require_ids(y, model.vocab_size)
         x_BT = torch.from_numpy(x.astype(np.int64)).to(runtime.device)
         y_BT = torch.from_numpy(y.astype(np.int64)).to(runtime.device)
         with runtime.autocast():
@@ -81,7 +83,7 @@ def evaluate(
     return Score(loss, float(error), int(world.total(hits)) / int(counts.sum()), int(counts.sum()))
 
 
-def _windows(tokens: Tokens, block_size: int, vocab_size: int) -> list[tuple[Tokens, Tokens]]:
+def _windows(tokens: Tokens, block_size: int, vocab_size: int) -> list[tuple[Array, Array]]:
     """(x, y) pairs of shape (B, T), y one token ahead, that cover every prediction once."""
     full = (len(tokens) - 1) // block_size
     rows = max(1, min(16384 // block_size, MAX_LOGITS // (block_size * vocab_size)))
@@ -90,16 +92,16 @@ def _windows(tokens: Tokens, block_size: int, vocab_size: int) -> list[tuple[Tok
         begin, end = first * block_size, min(first + rows, full) * block_size
         pairs.append((tokens[begin:end].reshape(-1, block_size), tokens[begin + 1 : end + 1].reshape(-1, block_size)))
     if (rest := full * block_size) < len(tokens) - 1:
-        pairs.append((tokens[None, rest:-1], tokens[None, rest + 1 :]))
+        pairs.append((tokens[rest:-1][None], tokens[rest + 1 :][None]))
     return pairs
 
 
 def text_size(tokens: Tokens, tokenizer: Tokenizer) -> tuple[int, int]:
     """(characters, UTF-8 bytes) of the text that the tokens after the first stand for: what a loss is spread over."""
-    pieces = tokenizer.token_bytes()
-    n_bytes = np.array([len(piece) for piece in pieces])
-    n_characters = np.array([sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces])  # not continuation bytes
-    counts = np.bincount(tokens[1:], minlength=len(pieces))
+    texts = tokenizer.token_bytes()
+    n_bytes = np.array([len(text) for text in texts])
+    n_characters = np.array([sum(byte & 0xC0 != 0x80 for byte in text) for text in texts])  # not continuation bytes
+    counts = _count(tokens, len(texts), start=1)
     return int(counts @ n_characters), int(counts @ n_bytes)
 
 
@@ -107,14 +109,16 @@ def baselines(train: Tokens, tokens: Tokens, vocab_size: int) -> dict[str, float
     """What models that only count score on `tokens`, having counted `train`: nats per token, as `evaluate` gives.
 
     uniform: every token alike. unigram: how often each came, plus one (Laplace). bigram: how often each came after the
-    one before it, backed off to the unigram with one pseudo-count per context (MacKay & Peto 1995).
+    one before it, backed off to the unigram with one pseudo-count per context (MacKay & Peto 1995). Of a long split
+    the first `MAX_COUNTED` tokens are scored.
     """
     train = train[:MAX_COUNTED] if vocab_size > 4096 else train
-    unigram = np.bincount(train, minlength=vocab_size) + 1.0
-    unigram /= unigram.sum()
+    tokens = tokens[:MAX_COUNTED]
+    counts = _count(train, vocab_size)
+    unigram = (counts + 1.0) / (counts + 1.0).sum()
     before, after = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
     pairs = _count_pairs(train, vocab_size, wanted=before * vocab_size + after)
-    contexts = np.bincount(train[:-1], minlength=vocab_size)
+    contexts = counts - np.bincount(train[-1:], minlength=vocab_size)
     bigram = (pairs + unigram[after]) / (contexts[before] + 1.0)
     return {
         "uniform": math.log(vocab_size),
@@ -123,7 +127,15 @@ def baselines(train: Tokens, tokens: Tokens, vocab_size: int) -> dict[str, float
     }
 
 
-def _count_pairs(train: Tokens, vocab_size: int, wanted: Tokens) -> Tokens:
+def _count(tokens: Tokens, vocab_size: int, start: int = 0) -> Array:
+    """How often each id comes from `start` on. In pieces: numpy counts with eight bytes for each token."""
+    counts = np.zeros(vocab_size, np.int64)
+    for piece in pieces(tokens, vocab_size, start):
+        counts += np.bincount(piece, minlength=vocab_size)
+    return counts
+
+
+def _count_pairs(train: Tokens, vocab_size: int, wanted: Array) -> Array:
     """How often each wanted pair (first * V + second) stands in `train`."""
     if vocab_size <= 4096:
         table = np.zeros(vocab_size * vocab_size, np.int64)

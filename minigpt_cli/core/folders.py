@@ -47,6 +47,19 @@ def clear_leftovers(out: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def publish(folder: Path, out: Path) -> None:
+    """Put the whole `folder` in the place of `out`, on the same disk. An old `out` goes when that is done."""
+    fsync_folder(folder)
+    old = None
+    if out.is_dir():
+        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+        os.rename(out, old)  # onto the empty folder
+    os.rename(folder, out)
+    fsync_folder(out.parent)
+    if old:
+        shutil.rmtree(old, ignore_errors=True)
+
+
 @contextmanager
 def published(out: Path) -> Iterator[Path]:
     """A new folder beside `out` that takes its place when the block ends well, and vanishes when it does not."""
@@ -54,15 +67,7 @@ def published(out: Path) -> Iterator[Path]:
     try:
         yield folder
         folder.chmod(0o777 & ~_umask())  # mkdtemp makes folders for the owner alone
-        fsync_folder(folder)
-        old = None
-        if out.is_dir():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-            os.rename(out, old)  # onto the empty folder
-        os.rename(folder, out)
-        fsync_folder(out.parent)
-        if old:
-            shutil.rmtree(old, ignore_errors=True)
+        publish(folder, out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -47,6 +47,7 @@ def measure_training(
         batches = Batches(
             tokens, config.model.block_size, train.batch_size,
             seed=train.seed, sampling=config.data.sampling, device=runtime.device, rows=world.share(train.batch_size),
+            vocab_size=vocab_size,
         )  # fmt: skip
         runtime.wrap(model, model.blocks, batches.in_pieces(0, pieces)[0][0])
         train_step = TrainStep(model, optimizer, scaler, config, runtime, counters)

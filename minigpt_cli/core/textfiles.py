@@ -1,7 +1,7 @@
 """Text files in -> pieces of text out, in bounded memory. Owns what counts as text, and says why the rest does not.
 
-Any UTF-8 file is text, whatever its ending; `.jsonl` holds one document a line, `.gz` either of the two, compressed.
-It knows nothing of tokenizers or datasets.
+Any UTF-8 file is text, whatever its ending, and `.gz` and `.zst` are unpacked on the way. `.jsonl` and `.parquet` hold
+documents, of which `documents.py` knows. It knows nothing of tokenizers or datasets.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import codecs
 import glob
 import gzip
-import json
 import os
 import stat
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,8 +21,8 @@ from minigpt_cli.core.background import Sha256
 from minigpt_cli.core.errors import MinigptError, UserError
 
 BLOCK = 1 << 19  # bytes read at a time: what is made of them stays in the processor's cache
-MAX_LINE = 64 << 20  # bytes in one line of a .jsonl
 _SNIFF = 8192
+_DAMAGED = (EOFError, zlib.error, OSError)  # what unpacking raises: gzip.BadGzipFile and pyarrow's are OSErrors
 
 
 class TextFile:
@@ -32,25 +32,36 @@ class TextFile:
         # A name may hold line breaks, or bytes that are no text: messages and meta.json spell them out.
         self.path, self.name = path, name.replace("\n", "\\n").encode("utf-8", "backslashreplace").decode()
         lower = path.name.lower()
-        self.is_gzip = lower.endswith(".gz")
-        self.is_jsonl = lower.removesuffix(".gz").endswith(".jsonl")
-        self.size = path.stat().st_size  # bytes on disk
+        self.packing = next((packing for packing in ("gz", "zst") if lower.endswith(f".{packing}")), "")
+        inner = lower.removesuffix(f".{self.packing}")
+        self.holds = next((kind for kind in ("jsonl", "parquet") if inner.endswith(f".{kind}")), "text")
+        status = path.stat()
+        self.size = status.st_size  # bytes on disk
+        self.modified = status.st_mtime_ns
         self.sha256 = ""  # of the bytes on disk
-        self.text_bytes = 0  # of the text in UTF-8, as far as it was read
+        self.text_bytes = 0  # of a plain text in UTF-8, as far as it was read
         self.has_bom = self.has_crlf = False
         self._identity: tuple[int, ...] | None = None
 
-    def texts(self, text_field: str = "text", advance: Callable[[int], None] = lambda n: None) -> Iterator[str]:
-        """The file's text, a few million characters at a time; `advance(n)` is told of each n bytes taken from disk.
+    def texts(self, advance: Callable[[int], None] = lambda n: None) -> Iterator[str]:
+        """A plain text, at most BLOCK characters at a time; `advance(n)` is told of each n bytes taken from disk.
 
         UserError where it is not text, with the place. MinigptError where it is not the file it was the last time.
         """
         self.text_bytes = 0
+        yield from self._plain(self.blocks(advance))
+
+    def blocks(self, advance: Callable[[int], None] = lambda n: None) -> Iterator[bytes]:
+        """The unpacked bytes, without a BOM and checked for NUL. Raises as `texts` does."""
+        with self.opened(advance) as reader:
+            yield from self._decoded(self._unpacked(reader))
+
+    @contextmanager
+    def opened(self, advance: Callable[[int], None]) -> Iterator[_Reader]:
+        """The file as it lies on the disk, which must be the same every time; hashed, if it is read to its end."""
         with open(self.path, "rb") as raw, Sha256() as digest:
             self._check_unchanged(raw)
-            reader = _Reader(raw, advance, None if self.sha256 else digest)
-            decoded = self._decoded(gzip.GzipFile(fileobj=reader) if self.is_gzip else reader)  # type: ignore[call-overload]
-            yield from self._documents(decoded, text_field) if self.is_jsonl else self._plain(decoded)
+            yield _Reader(raw, advance, None if self.sha256 else digest)
             self._check_unchanged(raw)
             if not self.sha256:
                 self.sha256 = digest.hexdigest()
@@ -59,11 +70,23 @@ class TextFile:
         """Whether the first bytes are UTF-8 without NUL; how a folder's text is told from its pictures."""
         try:
             with open(self.path, "rb") as raw:
-                head = gzip.GzipFile(fileobj=raw).read(_SNIFF) if self.is_gzip else raw.read(_SNIFF)
+                if self.holds == "parquet":
+                    return raw.read(4) == b"PAR1"
+                head = self._unpacked(raw).read(_SNIFF)
             codecs.utf_8_decode(head, "strict", False)
             return b"\0" not in head
-        except (ValueError, EOFError, zlib.error, gzip.BadGzipFile):
+        except UserError:  # what would unpack it is not installed
+            raise
+        except (ValueError, *_DAMAGED):
             return False
+
+    def _unpacked(self, raw: Any) -> Any:
+        if self.packing == "gz":
+            return gzip.GzipFile(fileobj=raw)
+        if self.packing == "zst":  # pyarrow's reader notices a truncated file, zstandard's does not
+            pyarrow = require_pyarrow(self.name)
+            return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
+        return raw
 
     def _check_unchanged(self, raw: IO[bytes]) -> None:
         status = os.fstat(raw.fileno())
@@ -73,7 +96,6 @@ class TextFile:
         self._identity = identity
 
     def _decoded(self, stream: Any) -> Iterator[bytes]:
-        """Blocks of the (unpacked) bytes, without a BOM and checked for NUL."""
         try:
             offset, previous = 0, b""
             while block := stream.read(BLOCK):
@@ -86,8 +108,13 @@ class TextFile:
                     self.has_bom = True
                 offset += len(block)
                 yield block[3:] if self.has_bom and offset == len(block) else block
-        except (EOFError, zlib.error, gzip.BadGzipFile):
-            raise UserError(f"{self.name}: a damaged or incomplete gzip file; fetch it or pack it again") from None
+        except _DAMAGED as error:
+            if not self.packing or (isinstance(error, OSError) and error.errno):  # the disk's own trouble
+                raise
+            names = {"gz": "gzip", "zst": "zstd"}
+            raise UserError(
+                f"{self.name}: a damaged or incomplete {names[self.packing]} file; fetch it or pack it again"
+            ) from None
 
     def _plain(self, blocks: Iterator[bytes]) -> Iterator[str]:
         rest = b""
@@ -104,7 +131,7 @@ class TextFile:
             return codecs.utf_8_decode(data, "strict", final)
         except UnicodeDecodeError as error:
             where = self.text_bytes + error.start + (3 if self.has_bom else 0)
-            unpacked = " of the unpacked text" if self.is_gzip else ""
+            unpacked = " of the unpacked text" if self.packing else ""
             hint = _encoding_hint(b"" if self.text_bytes else data, data[error.start :])
             raise UserError(
                 f"{self.name}: not UTF-8 text: byte {where:,}{unpacked} is 0x{data[error.start]:02x}{hint}"
@@ -114,57 +141,11 @@ class TextFile:
         hint = _encoding_hint(block) if offset == 0 else ""
         return f"{self.name}: a NUL byte at byte {where:,}{hint or '; this is no plain text file'}"
 
-    def _documents(self, blocks: Iterator[bytes], text_field: str) -> Iterator[str]:
-        """The texts of a .jsonl, each ended by a newline, some millions of characters at a time."""
-        texts: list[str] = []
-        size = 0
-        for number, line in enumerate(self._lines(blocks), start=1):
-            text = self._document(line, number, text_field)
-            texts.append(text)
-            size += len(text)
-            if size >= BLOCK:
-                yield "".join(texts)
-                texts, size = [], 0
-        yield "".join(texts)
-
-    def _lines(self, blocks: Iterator[bytes]) -> Iterator[bytes]:
-        rest: list[bytes] = []  # the pieces of a line that has not ended yet
-        for block in blocks:
-            *whole, last = block.split(b"\n")
-            for line in whole:
-                yield b"".join([*rest, line])
-                rest = []
-            rest.append(last)
-            if sum(map(len, rest)) > MAX_LINE:
-                raise UserError(f"{self.name}: a line of more than {MAX_LINE >> 20} MiB; is this one document a line?")
-        yield b"".join(rest)
-
-    def _document(self, line: bytes, number: int, text_field: str) -> str:
-        if not line.strip():
-            return ""
-        try:
-            document = json.loads(line)
-            text = document[text_field] if isinstance(document, dict) else None
-            if isinstance(text, str) and "\0" not in text:
-                text = text if text.endswith("\n") else text + "\n"
-                self.text_bytes += len(text.encode("utf-8"))  # half a surrogate pair is legal JSON, and no text
-                return text
-            problem = f'"{text_field}" is not a text' if isinstance(document, dict) else "not a JSON object"
-            problem = "a NUL character in the text" if isinstance(text, str) else problem
-        except KeyError:
-            names = ", ".join(f'"{name}"' for name in list(document)[:8])
-            problem = f'no field "{text_field}" (it has {names or "none"}); name the text\'s field with --text-field'
-        except UnicodeEncodeError:
-            problem = "half a surrogate pair in the text"
-        except UnicodeDecodeError:
-            problem = "not UTF-8"
-        except (ValueError, RecursionError):
-            problem = "not JSON"
-        raise UserError(f"{self.name}: line {number:,}: {problem}")
-
 
 class _Reader:
     """A file being read from start to end: reports progress and, when asked, hashes all it gave."""
+
+    closed = False  # pyarrow asks, and would close it
 
     def __init__(self, raw: IO[bytes], advance: Callable[[int], None], digest: Sha256 | None) -> None:
         self._raw, self._advance, self._digest = raw, advance, digest
@@ -176,6 +157,18 @@ class _Reader:
         self._advance(len(block))
         return block
 
+    def close(self) -> None:
+        pass
+
+
+def require_pyarrow(name: str) -> Any:
+    """pyarrow, for the file `name`; UserError where it is not installed."""
+    try:
+        import pyarrow
+    except ImportError:
+        raise UserError(f"{name}: reading this needs pyarrow; pip install 'minigpt[data]'") from None
+    return pyarrow
+
 
 _UTF16_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -184,6 +177,10 @@ def _encoding_hint(start: bytes, bad: bytes = b"") -> str:
     """What the file seems to be instead of UTF-8, by its first bytes or by those that are wrong; and what to do."""
     if start[:2] == b"\x1f\x8b":
         return "\nIt looks gzip-compressed: give it a name that ends in .gz"
+    if start[:4] == b"\x28\xb5\x2f\xfd":
+        return "\nIt looks zstd-compressed: give it a name that ends in .zst"
+    if start[:4] == b"PAR1":
+        return "\nIt looks like Parquet: give it a name that ends in .parquet"
     if start[:2] in _UTF16_BOMS or start[:64].count(b"\0") > len(start[:64]) // 3:
         return "\nIt looks like UTF-16; convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW"
     if bad[:1] >= b"\xa0" and all(b >= 0x20 or b in (9, 10, 13) for b in bad[:64]):
@@ -238,7 +235,7 @@ def _folder(folder: Path, notes: list[str]) -> list[TextFile]:
     paths: list[Path] = []
     skipped: list[str] = []
     for where, folders, names in os.walk(folder, onerror=_raise):
-        if {"meta.json", "train.bin", "val.bin"} <= set(names):
+        if "meta.json" in names and {"train.bin", "train-00000.bin"} & set(names):
             notes.append(f"{Path(where).relative_to(folder.parent)}: a prepared dataset, skipped")
             folders.clear()
             continue

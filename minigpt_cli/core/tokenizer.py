@@ -25,6 +25,7 @@ Ids = npt.NDArray[np.unsignedinteger[Any]]  # 1-D: uint16, or uint32 where the v
 MAX_TOKENIZER_FILE = 100 * 2**20  # bytes; the largest vocabularies published today take about 35 MB
 MAX_TOKENIZER_PARTS = 4_000_000  # each merge of such a file may be a list of its own, which is three
 DEFAULT_BPE_VOCAB = 4096
+_AT_ONCE = 256  # pieces that the library encodes at a time: it keeps a hundred bytes and more for each token
 
 
 class Tokenizer(ABC):
@@ -32,6 +33,7 @@ class Tokenizer(ABC):
 
     kind: str
     vocab_size: int
+    end_of_text: int | None = None  # the id that ends a document: it stands for no text, and no text leads to it
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -65,6 +67,10 @@ class Tokenizer(ABC):
         """What decoding the ids of `text` must give: the text itself, unless the tokenizer composes it."""
         return text
 
+    def _json(self, **document: Any) -> dict[str, Any]:
+        end = {} if self.end_of_text is None else {"end_of_text": self.end_of_text}
+        return {"kind": self.kind} | document | end
+
     def _table(self) -> npt.NDArray[np.object_]:
         if not hasattr(self, "_cached_table"):
             self._cached_table = np.array(self.token_bytes(), dtype=object)
@@ -72,13 +78,15 @@ class Tokenizer(ABC):
 
 
 class CharTokenizer(Tokenizer):
-    """One id for each distinct character, in code point order, as the seed does. `chars` is sorted, without repeats."""
+    """One id for each distinct character, in code point order, as the seed does. `chars` is sorted, without repeats.
+    The end of a document, if it has one, comes after them."""
 
     kind = "char"
 
-    def __init__(self, chars: str) -> None:
+    def __init__(self, chars: str, *, end_of_text: bool = False) -> None:
         self.chars = chars
-        self.vocab_size = len(chars)
+        self.end_of_text = len(chars) if end_of_text else None
+        self.vocab_size = len(chars) + end_of_text
         self._lookup_dtype = np.uint16 if len(chars) < 2**16 else np.uint32
         self._unknown = np.iinfo(self._lookup_dtype).max
         # One entry for every code point there is, so that no lookup needs a bounds check.
@@ -109,26 +117,29 @@ class CharTokenizer(Tokenizer):
         return UserError(f"{what} not in the vocabulary of {self.vocab_size} characters: {names}")
 
     def token_bytes(self) -> list[bytes]:
-        return [c.encode("utf-8") for c in self.chars]
+        return [c.encode("utf-8") for c in self.chars] + [b""] * (self.end_of_text is not None)
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": "char", "chars": self.chars}
+        return self._json(chars=self.chars)
 
 
 class ByteTokenizer(Tokenizer):
-    """The 256 byte values of UTF-8."""
+    """The 256 byte values of UTF-8, and perhaps the end of a document."""
 
     kind = "byte"
-    vocab_size = 256
+
+    def __init__(self, *, end_of_text: bool = False) -> None:
+        self.end_of_text = 256 if end_of_text else None
+        self.vocab_size = 256 + end_of_text
 
     def encode(self, text: str) -> Ids:
         return np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.uint16)
 
     def token_bytes(self) -> list[bytes]:
-        return [bytes([i]) for i in range(256)]
+        return [bytes([i]) for i in range(256)] + [b""] * (self.end_of_text is not None)
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": "byte"}
+        return self._json()
 
 
 class BpeTokenizer(Tokenizer):
@@ -137,22 +148,30 @@ class BpeTokenizer(Tokenizer):
     `document` is a tokenizer.json. UserError unless it gives back every text exactly: a BPE model over all 256 bytes,
     no normalizer (but Unicode's NFC, which gives it back composed), no prefix. Special tokens are never made from text:
     "<|endoftext|>" in a corpus is plain text.
+    `end_of_text` is the id of the special token that ends a document, if there is one.
     """
 
     kind = "bpe"
 
-    def __init__(self, document: dict[str, Any]) -> None:
+    def __init__(self, document: dict[str, Any], end_of_text: object = None) -> None:
         self._document = bpe.checked_document(document)
         self._rust = bpe.rust_tokenizer(self._document)
         self._rust.encode_special_tokens = True  # that is: encode them as the plain text they are
         self._bytes = bpe.token_table(self._document)
         self.vocab_size = len(self._bytes)
+        special = {t["id"] for t in self._document["added_tokens"] if t["special"]}
+        if type(end_of_text) is int and end_of_text in special and not self._bytes[end_of_text]:
+            self.end_of_text = end_of_text
+        elif end_of_text is not None:
+            raise UserError('the tokenizer\'s "end_of_text" must be the id of a special token of its own')
 
     def encode(self, text: str) -> Ids:
         _utf8(text)
-        encodings = self._rust.encode_batch_fast(list(bpe.pieces(text)), add_special_tokens=False)
-        parts = [np.array(e.ids, dtype=self.dtype) for e in encodings]
-        return np.concatenate(parts) if parts else np.zeros(0, dtype=self.dtype)
+        pieces, parts = list(bpe.pieces(text)), [np.zeros(0, dtype=self.dtype)]
+        for start in range(0, len(pieces), _AT_ONCE):
+            encodings = self._rust.encode_batch_fast(pieces[start : start + _AT_ONCE], add_special_tokens=False)
+            parts += [np.array(e.ids, dtype=self.dtype) for e in encodings]
+        return np.concatenate(parts)
 
     def last_cut(self, text: str) -> int:
         return bpe.last_border(text)
@@ -164,22 +183,48 @@ class BpeTokenizer(Tokenizer):
         return list(self._bytes)
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": "bpe", "tokenizer": self._document}
+        return self._json(tokenizer=self._document)
+
+    def with_end_of_text(self) -> BpeTokenizer:
+        return BpeTokenizer(*bpe.with_end_of_text(self._document))
 
 
 def from_json(document: object) -> Tokenizer:
     """The tokenizer that `to_json` described. The document may come from anywhere: UserError for whatever is wrong."""
     if not isinstance(document, dict):
         raise UserError("the tokenizer must be a JSON object")
-    kind, keys = document.get("kind"), set(document)
+    kind, keys, end = document.get("kind"), set(document) - {"end_of_text"}, document.get("end_of_text")
+    tok: Tokenizer
     if kind == "byte" and keys == {"kind"}:
-        return ByteTokenizer()
-    if kind == "char" and keys == {"kind", "chars"}:
-        return CharTokenizer(_checked_chars(document["chars"]))
-    if kind == "bpe" and keys == {"kind", "tokenizer"}:
-        return BpeTokenizer(document["tokenizer"])
-    raise UserError(
-        'the tokenizer is not one of {"kind": "char", "chars"}, {"kind": "byte"}, {"kind": "bpe", "tokenizer"}'
+        tok = ByteTokenizer(end_of_text=end is not None)
+    elif kind == "char" and keys == {"kind", "chars"}:
+        tok = CharTokenizer(_checked_chars(document["chars"]), end_of_text=end is not None)
+    elif kind == "bpe" and keys == {"kind", "tokenizer"}:
+        tok = BpeTokenizer(document["tokenizer"], end)
+    else:
+        raise UserError(
+            'the tokenizer is not one of {"kind": "char", "chars"}, {"kind": "byte"}, {"kind": "bpe", "tokenizer"}'
+        )
+    if type(end) is not type(tok.end_of_text) or end != tok.end_of_text:
+        raise UserError(f'the tokenizer\'s "end_of_text" must be {tok.end_of_text}, the id after the last')
+    return tok
+
+
+def same_ids(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two tokenizers' JSON give the same ids to any text: perhaps only one marks its end of text as such."""
+    if one.get("kind") == "bpe":
+        one, other = ({k: v for k, v in document.items() if k != "end_of_text"} for document in (one, other))
+    return one == other
+
+
+def with_end_of_text(tok: Tokenizer) -> Tokenizer:
+    """The same tokenizer with an id that ends a document; the one it has, where a BPE tokenizer has one."""
+    if isinstance(tok, BpeTokenizer):
+        return tok.with_end_of_text()
+    return (
+        CharTokenizer(tok.chars, end_of_text=True)
+        if isinstance(tok, CharTokenizer)
+        else ByteTokenizer(end_of_text=True)
     )
 
 

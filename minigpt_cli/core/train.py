@@ -207,6 +207,7 @@ class Trainer:
             dataset.train, config.model.block_size, config.train.batch_size,
             seed=config.train.seed, sampling=config.data.sampling, device=runtime.device,
             rows=self.world.share(config.train.batch_size),
+            vocab_size=self.tokenizer.vocab_size,
         )  # fmt: skip
         self.model = make_model(config, self.tokenizer.vocab_size, runtime, resume.part(MODEL) if resume else None)
         self.optimizer = make_optimizer(self.model, config.train, runtime.update_dtype)
@@ -334,7 +335,7 @@ class Trainer:
         if not self.world.leads and self.runtime.parallel != "fsdp":  # a sliced model takes every rank to run
             return
         generator = torch.Generator(self.runtime.device).manual_seed(self.config.train.seed)
-        prompt = torch.zeros(1, 1, dtype=torch.long, device=self.runtime.device)
+        prompt = torch.tensor([[self.tokenizer.end_of_text or 0]], device=self.runtime.device)
         with self._averaged(), self.runtime.uncompiled(), self.runtime.autocast():
             ids = [
                 int(ids_B) for ids_B, _ in generate(self.model, prompt, SAMPLE_TOKENS, Sampling(), generator=generator)

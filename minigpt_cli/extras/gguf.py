@@ -126,6 +126,11 @@ def _vocabulary(tokenizer: Tokenizer) -> Callable[[Any], None]:
     if isinstance(tokenizer, BpeTokenizer):
         return _merged(tokenizer)
     pieces = tokenizer.token_bytes()
+    if tokenizer.end_of_text is not None:
+        raise UserError(
+            "llama.cpp's tokenizer of single bytes has no end of text, which this one has; export to transformers, or "
+            "train with --tokenizer bpe"
+        )
     if any(len(piece) > 1 for piece in pieces):
         raise UserError(
             "llama.cpp has no tokenizer for characters beyond ASCII; export to transformers, or train with "
@@ -169,7 +174,7 @@ def _merged(tokenizer: BpeTokenizer) -> Callable[[Any], None]:
         writer.add_token_types([int(kind) for _, kind in table])
         writer.add_token_merges(model["merges"] or ["\u2610 \u2610"])  # none is an error: one that nothing leads to
         writer.add_bos_token_id(never)
-        writer.add_eos_token_id(never)
+        writer.add_eos_token_id(never if tokenizer.end_of_text is None else tokenizer.end_of_text)
         writer.add_add_bos_token(False)
         writer.add_add_eos_token(False)
 

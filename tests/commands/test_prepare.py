@@ -65,7 +65,8 @@ def test_the_next_command_names_the_folder(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "out"),
     [
-        ("data/input.txt", "data/input"), ("a.jsonl.gz", "data/a"), ("b.TXT.GZ", "data/b"), ("plain", "data/plain"),
+        ("data/input.txt", "data/input"), ("a.jsonl.gz", "data/a"), ("b.TXT.GZ", "data/b"), ("c.jsonl.zst", "data/c"),
+        ("plain", "data/plain"),
         ("books/*.txt", "data/corpus"), ("v1.5.txt", "data/v1.5"), (".txt", "data/txt"),
     ],
 )  # fmt: skip
@@ -117,6 +118,9 @@ def test_bad_text(run: Run, tmp_path: Path, content: bytes, message: str) -> Non
         (["input.txt", "--out", "full", "--force"], "full: this folder holds other files and is never replaced"),
         (["bad.jsonl"], "bad.jsonl: line 2: not JSON"),
         (["bad.jsonl", "--text-field", "body"], 'bad.jsonl: line 1: no field "body" (it has "text")'),
+        (["input.txt", "--workers", "0"], "--workers 0: at least 1"),
+        (["input.txt", "--shard-tokens", "0"], "--shard-tokens 0: a token file holds at least one token"),
+        (["input.txt", "--documents"], "none of 1 document(s) fell to the training split"),
         (["bad.gz"], "bad.gz: a damaged or incomplete gzip file"),
         ([], "Missing argument"),
         (["input.txt", "--vocab-size", "many"], "Invalid value"),
@@ -232,8 +236,29 @@ def test_a_progress_bar_on_a_terminal_only(run: Run, tmp_path: Path) -> None:
     assert run("big.txt", "--force").stderr == ""
 
 
+def test_documents_are_counted_and_shards_too(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "books").mkdir()
+    for i in range(40):
+        (tmp_path / "books" / f"{i}.txt").write_text(f"Book {i}. " + PROSE[: 9 * i])
+    done = run("books", "--documents", "--tokenizer", "byte", "--shard-tokens", "3000")
+    assert done.returncode == 0, done.stderr
+    meta = json.loads((tmp_path / "data/books/meta.json").read_text())
+    train, val = meta["train"], meta["val"]
+    assert train["documents"] + val["documents"] == 40
+    assert train["tokens"] == train["bytes"] + train["documents"]
+    assert f"{train['tokens']:,} tokens, {train['documents']} documents, {len(train['shards'])} files" in done.stdout
+    assert f"{val['tokens']:,} tokens, {val['documents']} documents" in done.stdout
+
+
 def test_help_teaches(run: Run) -> None:
     done = run("--help")
     assert done.returncode == 0
-    for word in ("Example: minigpt prepare data/input.txt", "--text-field", "--val-fraction", "tokenizer.json", "4096"):
+    for word in (
+        "Example: minigpt prepare data/input.txt",
+        "--text-field",
+        "--val-fraction",
+        "tokenizer.json",
+        "4096",
+        ".parquet",
+    ):
         assert word in done.stdout

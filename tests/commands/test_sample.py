@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from commands.conftest import Done, call, command, environment, on_a_terminal, run
+from commands.conftest import TINY, Done, call, command, environment, on_a_terminal, run, sets
 from minigpt_cli.core import checkpoint
 
 BEST = "checkpoints/best.safetensors"
@@ -46,6 +46,26 @@ def test_without_a_prompt_it_begins_after_token_0_which_is_not_printed(polyglot:
     text = text_of(call(*arguments))
     assert text.startswith("\r\nZeile eins ")  # what follows that character in the text
     assert text_of(call(*arguments, "--prompt", "")) == text
+
+
+def test_a_text_ends_with_its_document_and_without_a_prompt_one_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    texts = [f"{i}: my lord." for i in range(10)]
+    Path("a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts * 30))
+    assert call("prepare", "a.jsonl", "--out", "data/a", "--val-fraction", 0.2).code == 0
+    more = sets(train__max_iters=150, train__eval_interval=150, train__learning_rate="1e-2", data__path="data/a")
+    assert call("train", "--config", "gpt", *TINY, *more, *sets(model__n_embd=32)).code == 0
+    greedy = ("sample", "--ckpt", BEST, "--temperature", 0, "--tokens", 100)
+    assert text_of(call(*greedy)) in texts
+    assert text_of(call(*greedy, "--prompt", "3: my")) == "3: my lord."
+    assert text_of(call(*greedy, "--prompt", "3: my", "--stop", "rd")) == "3: my lo"
+    assert text_of(call(*greedy, "--prompt", "3: my", "--num-samples", 2)) == "3: my lord.\n---\n3: my lord."
+    assert text_of(call(*greedy, "--prompt", "3: my", "--show-probs")).splitlines()[-1].startswith("<end of text>")
+    scores = json.loads(text_of(call("eval", "--ckpt", BEST, "--json")))
+    val = json.loads(Path("data/a/meta.json").read_text())["val"]
+    assert scores["tokens"] - scores["bytes"] == val["documents"]  # an end of text stands for no text
 
 
 def test_greedy_text_is_the_same_every_time(here: Path) -> None:

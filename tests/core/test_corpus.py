@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minigpt_cli.core import bpe, corpus, textfiles, textstream
+from minigpt_cli.core import bpe, textfiles, textstream, unfinished
 from minigpt_cli.core.background import Worker
 from minigpt_cli.core.corpus import Report, prepare
 from minigpt_cli.core.dataset import Dataset
@@ -29,6 +30,7 @@ from minigpt_cli.core.errors import MinigptError, UserError
 from minigpt_cli.core.tokenizer import BpeTokenizer, from_json
 
 PROSE = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n" * 30
+PACK = {"gz": gzip.compress, "zst": lambda data: pyarrow.compress(data, "zstd", asbytes=True)}
 MIXED = "Ein Käse, 東京 und ein 😀.\r\nZweite Zeile\tmit 'Zeichen'…\n" * 40
 
 
@@ -89,7 +91,7 @@ def test_char_ids_and_files_are_the_seeds(tmp_path: Path, text_file: Callable[..
 
 @given(st.integers(20, 10**9))
 def test_a_tenth_means_what_it_means_in_the_seed(n: int) -> None:
-    assert corpus._train_characters(n, 0.1) == int(0.9 * n)
+    assert textstream.train_characters(n, 0.1) == int(0.9 * n)
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe"])
@@ -198,6 +200,15 @@ def test_several_files_a_folder_and_a_glob(tmp_path: Path, text_file: Callable[.
     assert report.notes == ["b.txt: named twice, used once"]
 
 
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst", "a.parquet"])
+def test_a_packed_file_that_is_none_is_no_text_of_its_folder(
+    tmp_path: Path, text_file: Callable[..., Path], name: str
+) -> None:
+    text_file(PROSE, "d/b.txt")
+    text_file(b"not what it is called", f"d/{name}")
+    assert make(tmp_path, tmp_path / "d").notes == [f"d: skipped, hidden or no text: {name}"]
+
+
 def test_a_prepared_dataset_inside_a_folder_is_not_text(tmp_path: Path, text_file: Callable[..., Path]) -> None:
     path = text_file(PROSE, "d/a.txt")
     prepare([path], tmp_path / "d" / "old")
@@ -206,31 +217,22 @@ def test_a_prepared_dataset_inside_a_folder_is_not_text(tmp_path: Path, text_fil
     assert any("prepared dataset, skipped" in note for note in report.notes)
 
 
-def test_gzip_and_jsonl(tmp_path: Path, text_file: Callable[..., Path]) -> None:
-    lines = [{"text": "one é"}, {"text": "two\nlines\n"}, {"text": ""}, {"text": "😀", "id": 4}]
-    jsonl = "\r\n".join(json.dumps(line) for line in lines[:2]) + "\n\n" + "\n".join(json.dumps(x) for x in lines[2:])
-    expected = "one é\ntwo\nlines\n\n😀\n"
-    for name, content in (
-        ("a.jsonl", jsonl.encode()),
-        ("a.jsonl.gz", gzip.compress(jsonl.encode())),
-        ("bom.jsonl", b"\xef\xbb\xbf" + jsonl.encode()),
-        ("a.txt.gz", gzip.compress(expected.encode())),
-        ("TWO.TXT.GZ", gzip.compress(expected[:5].encode()) + gzip.compress(expected[5:].encode())),
-    ):
-        report = make(tmp_path, text_file(content, name), force=True)
-        assert "".join(texts(report)) == expected, name
-        assert report.meta.inputs[0].sha256 == hashlib.sha256(content).hexdigest()
-    other = text_file('{"body": "other field, long enough"}\n', "o.jsonl")
-    assert "".join(texts(make(tmp_path, other, text_field="body", force=True))) == "other field, long enough\n"
+@pytest.mark.parametrize("name", ["a.txt.gz", "TWO.TXT.GZ", "a.txt.zst", "two.md.zst"])
+def test_packed_text(tmp_path: Path, text_file: Callable[..., Path], name: str) -> None:
+    half, pack = len(MIXED) // 2, PACK[name.lower().rpartition(".")[2]]
+    parts = [MIXED[:half], MIXED[half:]] if "two" in name.lower() else [MIXED]
+    content = b"".join(pack(part.encode()) for part in parts)
+    report = make(tmp_path, text_file(content, name))
+    assert "".join(texts(report)) == MIXED
+    assert report.meta.inputs[0].sha256 == hashlib.sha256(content).hexdigest()
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
 @pytest.mark.parametrize("val_fraction", [0.1, 0.6])
 def test_the_bytes_of_each_split_are_those_of_its_text(
     tmp_path: Path, text_file: Callable[..., Path], name: str, val_fraction: float
 ) -> None:
-    lines = MIXED.splitlines(keepends=True)
-    content = "".join(json.dumps({"text": line}) + "\n" for line in lines) if "jsonl" in name else "\ufeff" + MIXED
+    content = "\ufeff" + MIXED
     file = text_file(gzip.compress(content.encode()) if name.endswith("gz") else content, name)
     report = make(tmp_path, file, text_file(MIXED, "b.txt"), val_fraction=val_fraction)
     train, val = texts(report)
@@ -289,49 +291,18 @@ def test_bad_text(
         assert os.listdir(tmp_path) == ["input.txt"]
 
 
-BAD_JSONL = {
-    "line 2: not JSON": '{"text": "a"}\n{"text": \n',
-    "line 1: not a JSON object": "[1]\n",
-    'line 1: no field "text" (it has "body", "id"); name the text\'s field with --text-field': '{"body": "a", "id": 1}',
-    'line 1: no field "text" (it has none)': "{}",
-    'line 1: "text" is not a text': '{"text": 3}',
-    "line 1: half a surrogate pair": '{"text": "\\ud800"}',
-    "line 1: a NUL character": '{"text": "a\\u0000"}',
-    "line 3: not JSON": "\n\n" + "[" * 50_000,
-    "line 1: not UTF-8": b'{"text": "\xff"}',
-    "line 2: not JSON ": '{"text": "a"}\n' + "1" * 9999 + "x",
-}
-
-
-@pytest.mark.parametrize("message", BAD_JSONL)
-def test_bad_jsonl(tmp_path: Path, text_file: Callable[..., Path], message: str) -> None:
-    for name in ("a.jsonl", "b.jsonl.gz"):
-        content = BAD_JSONL[message]
-        data = content.encode() if isinstance(content, str) else content
-        with pytest.raises(UserError) as error:
-            make(tmp_path, text_file(gzip.compress(data) if name.endswith("gz") else data, name))
-        assert f"{name}: {message.strip()}" in str(error.value)
-
-
-def test_a_jsonl_line_without_end(
-    tmp_path: Path, text_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(textfiles, "MAX_LINE", 1 << 20)
-    with pytest.raises(UserError, match="one document a line"):
-        make(tmp_path, text_file("x" * (3 << 20), "a.jsonl"))
-
-
+@pytest.mark.parametrize("packing", ["gz", "zst"])
 @pytest.mark.parametrize("damage", ["truncated", "corrupt", "garbage", "plain"])
-def test_bad_gzip(tmp_path: Path, text_file: Callable[..., Path], damage: str) -> None:
-    good = gzip.compress(os.urandom(3000).hex().encode())
+def test_bad_packing(tmp_path: Path, text_file: Callable[..., Path], damage: str, packing: str) -> None:
+    good = PACK[packing](os.urandom(3000).hex().encode())
     bad = {
         "truncated": good[:-9],
-        "corrupt": good[:800] + b"\0\xff\0" + good[803:],
+        "corrupt": good[:12] + b"\0\xff\0" + good[15:],
         "garbage": good + b"garbage",
         "plain": b"just text",
     }
-    with pytest.raises(UserError, match="gzip"):
-        make(tmp_path, text_file(bad[damage], "a.txt.gz"))
+    with pytest.raises(UserError, match=f"a damaged or incomplete {'gzip' if packing == 'gz' else 'zstd'} file"):
+        make(tmp_path, text_file(bad[damage], f"a.txt.{packing}"))
 
 
 def test_paths_that_will_not_do(tmp_path: Path, text_file: Callable[..., Path]) -> None:
@@ -488,10 +459,10 @@ def test_a_full_disk_is_no_internal_error(
         raise OSError(28, "No space left on device")
 
     if where == "write":
-        monkeypatch.setattr(corpus._SplitWriter, "write", full)
+        monkeypatch.setattr(unfinished.SplitWriter, "write", full)
     else:  # in the thread that sets the disk to work; the fsync of the end still works
-        monkeypatch.setattr(corpus, "FLUSH", 1)
-        monkeypatch.setattr(corpus.os, "fsync", lambda file, real=os.fsync: full() if in_a_thread() else real(file))
+        monkeypatch.setattr(unfinished, "FLUSH", 1)
+        monkeypatch.setattr(unfinished.os, "fsync", lambda file, real=os.fsync: full() if in_a_thread() else real(file))
     with pytest.raises(OSError, match="No space left"):
         make(tmp_path, text_file(PROSE))
     assert os.listdir(tmp_path) == ["input.txt"]
@@ -515,8 +486,8 @@ def test_the_disk_is_set_to_work_early_and_all_is_on_it_in_the_end(
         real(file)
 
     monkeypatch.setattr(textfiles, "BLOCK", 1000)
-    monkeypatch.setattr(corpus, "FLUSH", 10_000)
-    monkeypatch.setattr(corpus.os, "fsync", fsync)
+    monkeypatch.setattr(unfinished, "FLUSH", 10_000)
+    monkeypatch.setattr(unfinished.os, "fsync", fsync)
     monkeypatch.setattr(Worker, "busy", False)  # else how often depends on how fast the disk is
     assert make(tmp_path, path).meta == expected
     assert early.count(True) == 2 * expected.train.tokens // 10_000
@@ -562,10 +533,10 @@ def test_a_killed_prepare_and_a_live_one(tmp_path: Path, text_file: Callable[...
             prepare([path], out)
         assert error.value.exit_code == 1
         prepare([path], tmp_path / "ou")  # a neighbour leaves the live one's folder alone
-        assert len(list(tmp_path.glob(".out.tmp-*"))) == 1
+        assert (tmp_path / ".out.part").is_dir()
         child.send_signal(signal.SIGKILL)
     assert not out.exists()
-    assert len(list(tmp_path.glob(".out.tmp-*"))) == 1
+    assert (tmp_path / ".out.part").is_dir()
     report = prepare([path], out)
     assert Dataset(out).meta == report.meta
     assert sorted(os.listdir(tmp_path)) == ["input.txt", "ou", "out"]
@@ -577,10 +548,11 @@ def test_killed_between_the_two_renames_the_old_dataset_comes_back(
     report = make(tmp_path, text_file(PROSE))
     (tmp_path / ".out.old-abcdefgh").mkdir()
     os.rename(report.out, tmp_path / ".out.old-abcdefgh")
-    (tmp_path / ".out.tmp-abcdefgh").mkdir()
+    (tmp_path / ".out.part" / "dataset").mkdir(parents=True)
     with pytest.raises(UserError, match="already holds a dataset"):
         make(tmp_path, text_file(PROSE))
     assert Dataset(report.out).meta == report.meta
+    assert make(tmp_path, text_file(PROSE), force=True).meta == report.meta
     assert sorted(os.listdir(tmp_path)) == ["input.txt", "out"]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minigpt_cli.core.dataset import Batches, Dataset, window_offsets, windows_per_epoch
-from minigpt_cli.core.errors import UserError
+from minigpt_cli.core import dataset as dataset_module
+from minigpt_cli.core.dataset import Batches, Dataset, require_known_tokens, window_offsets, windows_per_epoch
+from minigpt_cli.core.errors import MinigptError, UserError
 
 CPU = torch.device("cpu")
+NEEDS_CUDA = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
 
 
 def offsets(n: int, block_size: int, sampling: str, *, seed: int = 1, step: int = 0, batch: int = 4) -> list[int]:
@@ -122,8 +130,8 @@ def test_the_smallest_split_has_one_window(sampling: str) -> None:
 # ----------------------------------------------------------------------------------------------------------- Batches
 
 
-def batches(tokens: np.ndarray[Any, Any], sampling: str = "random", batch_size: int = 6) -> Batches:
-    return Batches(tokens, 8, batch_size, seed=1, sampling=sampling, device=CPU)
+def batches(tokens: np.ndarray[Any, Any], sampling: str = "random", batch_size: int = 6, **options: int) -> Batches:
+    return Batches(tokens, 8, batch_size, seed=1, sampling=sampling, device=CPU, **options)
 
 
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
@@ -148,6 +156,131 @@ def test_some_rows_of_a_batch_are_those_rows_of_the_whole(sampling: str) -> None
             part_x, part_y = source.at(step, rows)
             assert torch.equal(part_x, x[rows])
             assert torch.equal(part_y, y[rows])
+
+
+@pytest.mark.parametrize("sampling", ["random", "epoch"])
+def test_reading_ahead_changes_nothing_in_whatever_order_steps_and_rows_are_asked_for(sampling: str) -> None:
+    tokens = np.random.Generator(np.random.Philox(1)).integers(0, 60_000, 500).astype("<u2")
+    plain, ahead = batches(tokens, sampling), batches(tokens, sampling, ahead_bytes=0)
+    asked = [(step, slice(None)) for step in (0, 0, 1, 2, 3, 9, 10, 4, 5)]
+    asked += [(step, rows) for step in (6, 7, 8) for rows in (slice(0, 2), slice(2, 4), slice(None, None, 2))]
+    for step, rows in asked:
+        for mine, theirs in zip(ahead.at(step, rows), plain.at(step, rows), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_the_next_step_is_read_while_this_one_is_at_work_and_the_thread_ends_with_the_batches() -> None:
+    before = set(threading.enumerate())
+    read: list[tuple[int, bool]] = []
+
+    def three_steps() -> threading.Thread:
+        source = batches(np.arange(500, dtype=np.uint16), ahead_bytes=0)
+        ahead = source._ahead
+        assert ahead is not None
+        work = ahead._read
+
+        def noted(step: int, rows: slice) -> torch.Tensor:
+            read.append((step, threading.current_thread() is threading.main_thread()))
+            return work(step, rows)
+
+        ahead._read = noted
+        for step in (0, 1, 2):
+            source.at(step)
+            ahead._waiting[step + 1, str(slice(None))].result()
+        [thread] = set(threading.enumerate()) - before
+        return thread
+
+    thread = three_steps()
+    gc.collect()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+    assert read == [(0, True), (1, False), (2, False), (3, False)]
+
+
+ID_65 = "token 65 in a vocabulary of 65: the dataset is damaged; prepare it again"
+
+
+def tokens_of(step: int, source: Batches) -> set[int]:
+    """The places of all tokens that a step reads, the last targets among them."""
+    drawn = source._offsets(step, slice(None)).tolist()
+    return {place for start in drawn for place in range(start, start + source.block_size + 1)}
+
+
+@pytest.mark.parametrize("ahead_bytes", [0, 1 << 30])
+def test_an_id_that_the_vocabulary_has_not_is_refused_where_it_would_be_used(ahead_bytes: int) -> None:
+    tokens = np.zeros(500, np.uint16)
+    tokens[250] = 65
+    source = batches(tokens, "epoch", ahead_bytes=ahead_bytes, vocab_size=65)
+    in_it = [250 in tokens_of(step, source) for step in range(30)]
+    assert 0 < sum(in_it) < 30
+    for step, wrong in enumerate(in_it):
+        with pytest.raises(MinigptError, match=ID_65) if wrong else contextlib.nullcontext():
+            source.at(step)
+
+
+def test_of_a_large_split_only_the_ends_are_looked_at_before_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset_module, "PIECE", 100)
+    for place, size, known in ((0, 1000, False), (999, 1000, False), (500, 1000, True), (500, 900, False)):
+        monkeypatch.setattr(dataset_module, "SCANNED", 900)
+        tokens = np.zeros(size, np.uint16)
+        tokens[place] = 7
+        require_known_tokens(tokens, 8, Path("here"))
+        if known:
+            require_known_tokens(tokens, 7, Path("here"))
+            continue
+        with pytest.raises(UserError, match="here: token 7 in a vocabulary of 7"):
+            require_known_tokens(tokens, 7, Path("here"))
+
+
+@pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=NEEDS_CUDA)])
+@pytest.mark.parametrize("shards", [[500], [100, 100, 100, 100, 100], [7] * 71 + [3], [250, 250]])
+def test_a_split_in_shards_is_the_same_as_in_one_file(tmp_path: Path, shards: list[int], device: torch.device) -> None:
+    tokens = np.random.Generator(np.random.Philox(1)).integers(0, 60_000, 500).astype("<u2")
+    meta = meta_of(500, 10, format_version=2)
+    meta["train"] |= {"shards": shards, "documents": 3}
+    folder = make_folder(tmp_path / "data", meta, train=0)
+    (folder / "train.bin").unlink()
+    for number, (start, size) in enumerate(zip(np.cumsum([0, *shards]), shards, strict=False)):
+        tokens[start : start + size].tofile(folder / f"train-{number:05d}.bin")
+    split = Dataset(folder).train
+    assert len(split) == 500
+    assert split.dtype == tokens.dtype
+    for start, stop in ((0, 500), (3, 9), (95, 305), (-20, None), (7, 7), (499, 900), (600, 700)):
+        where = slice(start, stop)
+        assert split[where].tolist() == tokens[where].tolist()
+    for ahead_bytes in (0, 1 << 30):
+        options: dict[str, Any] = {"seed": 1, "sampling": "random", "device": device, "ahead_bytes": ahead_bytes}
+        mine = Batches(split, 8, 50, resident_bytes=0, **options)
+        for step in range(4):
+            for x, y in zip(mine.at(step), batches(tokens, batch_size=50).at(step), strict=True):
+                assert torch.equal(x.cpu(), y)
+
+
+SHARD_LIES = {
+    "too few": [400],
+    "more than there are": [500, 1],
+    "none of a size": [500, 0],
+    "negative": [501, -1],
+    "words": ["500"],
+    "not a list": 500,
+}
+
+
+@pytest.mark.parametrize("lie", SHARD_LIES.values(), ids=SHARD_LIES)
+def test_a_lie_about_shards_is_refused_in_one_line(tmp_path: Path, lie: object) -> None:
+    meta = meta_of(500, 10, format_version=2)
+    meta["train"]["shards"] = lie
+    refusal(make_folder(tmp_path / "data", meta))
+
+
+def test_a_missing_or_short_shard_is_refused_by_name(tmp_path: Path) -> None:
+    meta = meta_of(30, 10, format_version=2)
+    meta["train"]["shards"] = [20, 10]
+    folder = make_folder(tmp_path / "data", meta)
+    np.zeros(20, "<u2").tofile(folder / "train-00000.bin")
+    assert "train-00001.bin: No such file" in refusal(folder)
+    np.zeros(9, "<u2").tofile(folder / "train-00001.bin")
+    assert "train-00001.bin: 18 bytes, but meta.json promises 10 tokens" in refusal(folder)
 
 
 @pytest.mark.cuda
@@ -271,8 +404,8 @@ LIES: dict[str, dict[str, Any]] = {
     "a version that is a word": {"format_version": "newest"},
     "no version": {"format_version": None},
     "version 0": {"format_version": 0},
-    "a newer version as a word": {"format_version": "2"},
-    "a newer version as a fraction": {"format_version": 2.0},
+    "a newer version as a word": {"format_version": "3"},
+    "a newer version as a fraction": {"format_version": 3.0},
     "a key that nobody knows": {"surprise": 1},
     "a key of several lines": {"one\ntwo\x1b[31m": 1},
     "a key of a megabyte": {"x" * (1 << 20): 1},
@@ -285,7 +418,7 @@ def test_a_lie_in_meta_json_is_refused_in_one_line(lie: dict[str, Any], tmp_path
 
 
 @pytest.mark.parametrize("rest", [{}, meta_of(90, 10), {"train": [], "new": True}], ids=["nothing", "as now", "other"])
-@pytest.mark.parametrize("version", [2, 10**30])
+@pytest.mark.parametrize("version", [3, 10**30])
 def test_a_newer_format_is_refused_as_newer_whatever_else_it_holds(
     version: int, rest: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -57,3 +57,15 @@ def test_a_character_comes_with_its_last_byte_and_half_of_one_is_replaced() -> N
 
 def test_half_of_a_windows_line_end_waits() -> None:
     assert shown("a\r\nb", [])[0] == ["a", "", "\r\n", "b", ""]
+
+
+def test_the_end_of_a_document_ends_a_text_and_lets_go_of_what_was_held_back() -> None:
+    detokenizer = Detokenizer([*BYTES, b""], ["END"], end=256)
+    for token in [*b"the EN\r", 256, *b"more"]:
+        detokenizer.add(token)
+    assert detokenizer.ended
+    assert detokenizer.take() == "the EN\r"
+    detokenizer = Detokenizer([*BYTES, b""], end=256)
+    for token in (ord("a"), "東".encode()[0], 256):
+        detokenizer.add(token)
+    assert detokenizer.take() == "a\ufffd"

@@ -27,6 +27,7 @@ from minigpt_cli.core.tokenizer import (
     from_json,
     read_tokenizer_file,
     train_bpe,
+    with_end_of_text,
 )
 
 PROSE = (
@@ -272,6 +273,41 @@ def test_a_tokenizer_that_composes_accents_gives_the_librarys_ids_and_the_text_c
     tok = BpeTokenizer(gpt2_document() | {"normalizer": {"type": "NFC"}})
     assert tok.encode(text).tolist() == whole(tok, text)
     assert tok.decode(tok.encode(text)) == tok.given_back(text) == unicodedata.normalize("NFC", text)
+
+
+def test_gpt2s_own_end_of_text_is_taken_and_one_is_appended_where_there_is_none() -> None:
+    document = gpt2_document()
+    own = with_end_of_text(BpeTokenizer(document))
+    assert own.end_of_text == document["added_tokens"][0]["id"] == own.vocab_size - 1
+    assert own.to_json()["tokenizer"] == BpeTokenizer(document).to_json()["tokenizer"]
+    document["added_tokens"] = []  # as in a file made of GPT-2's vocab.json and merges.txt
+    assert with_end_of_text(BpeTokenizer(document)).end_of_text == own.end_of_text
+    del document["model"]["vocab"]["<|endoftext|>"]
+    appended = with_end_of_text(BpeTokenizer(document))
+    assert appended.end_of_text == BpeTokenizer(document).vocab_size == appended.vocab_size - 1
+    for tok in (own, appended):
+        assert with_end_of_text(tok).to_json() == tok.to_json()
+        assert_round_trip(tok, "a<|endoftext|>b")
+        assert tok.end_of_text not in tok.encode("a<|endoftext|>b")
+
+
+@pytest.mark.parametrize("size", [3, 65535, 65536])
+def test_the_end_of_text_of_characters_comes_after_them(size: int) -> None:
+    chars = "".join(chr(c) for c in range(0x10000, 0x10000 + size))
+    tok = with_end_of_text(CharTokenizer(chars))
+    assert (tok.end_of_text, tok.vocab_size) == (size, size + 1)
+    assert tok.dtype == (np.uint16 if size < 65536 else np.uint32)
+    assert tok.encode(chars).tolist() == list(range(size))
+    assert tok.decode([size, 1, size]) == chars[1]
+    with pytest.raises(UserError, match="not in the vocabulary"):
+        tok.encode(chr(0x10000 + size))
+
+
+@pytest.mark.parametrize("end", [0, 257, -1, 256.0, True, "256", [], 10**30, {}])
+def test_a_lie_about_the_end_of_text_is_refused(trained: BpeTokenizer, end: object) -> None:
+    for document in (ByteTokenizer().to_json(), CharTokenizer("abc").to_json(), trained.to_json()):
+        with pytest.raises(UserError, match="end_of_text"):
+            from_json({**document, "end_of_text": end})
 
 
 def test_special_tokens_that_plain_text_leads_to_stand_for_their_text() -> None:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -258,6 +259,18 @@ def test_a_poisoned_weight_is_named_and_never_saved(run_training: RunTraining) -
     with pytest.raises(MinigptError, match="not finite at step 6"):
         run_training("run", small_config(), resume=True)
     assert folder.last.read_bytes() == before
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_id_that_no_check_before_the_run_has_seen_ends_it(
+    run_training: RunTraining, dataset: Dataset, split: str
+) -> None:
+    tokens = np.memmap(dataset.folder / f"{split}.bin", dtype="<u2", mode="r+")
+    tokens[len(tokens) // 2] = 60_000
+    with pytest.raises(MinigptError, match=r"token 60000 in a vocabulary of .* the dataset is damaged"):
+        run_training(
+            "run", small_config(sampling="epoch", max_iters=1000, eval_interval=1000 if split == "train" else 1)
+        )
 
 
 def test_a_failed_step_leaves_the_weights_alone(dataset: Dataset) -> None:

@@ -19,7 +19,14 @@ from minigpt_cli.core.checkpoint import Checkpoint
 from minigpt_cli.core.config import Config, ModelConfig, load_config
 from minigpt_cli.core.errors import MinigptError, UserError
 from minigpt_cli.core.model import GPT
-from minigpt_cli.core.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer, Tokenizer, train_bpe
+from minigpt_cli.core.tokenizer import (
+    BpeTokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    train_bpe,
+    with_end_of_text,
+)
 from minigpt_cli.extras.gguf import write_gguf
 
 Tiny = Callable[..., ModelConfig]
@@ -48,6 +55,15 @@ def shaken(config: ModelConfig, folder: Path, tokenizer: Tokenizer = ASCII, by: 
 
 def fields(path: Path) -> dict[str, Any]:
     return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+
+
+def test_an_end_of_text_is_said_or_refused(tmp_path: Path, tiny: Tiny) -> None:
+    config = tiny(**MODERN)
+    learned = with_end_of_text(train_bpe(["a text " * 9], 260))
+    write_gguf(shaken(config, tmp_path, learned), tmp_path / "x.gguf")
+    assert fields(tmp_path / "x.gguf")["tokenizer.ggml.eos_token_id"] == learned.end_of_text
+    with pytest.raises(UserError, match="has no end of text"):
+        write_gguf(shaken(config, tmp_path, ByteTokenizer(end_of_text=True)), tmp_path / "y.gguf")
 
 
 @pytest.mark.parametrize("case", MODELS)

@@ -29,7 +29,9 @@ from minigpt_cli.core.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
+    same_ids,
     train_bpe,
+    with_end_of_text,
 )
 from minigpt_cli.extras.huggingface import read, write
 from minigpt_cli.extras.huggingface.architectures import ARCHITECTURES
@@ -77,6 +79,27 @@ def test_a_shipped_config_is_the_same_function_in_transformers(name: str, expect
     assert_same_function(saved, tmp_path / "out")
     assert ("dropout" in "".join(notes)) == (name in ("modern", "v2"))  # they cannot say these rates
     assert getattr(AutoConfig.from_pretrained(tmp_path / "out"), "embd_pdrop", 0) == 0  # GPT-2's, by default 0.1
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [CHARACTERS, ByteTokenizer(), train_bpe(["a text " * 9], 260)], ids=lambda t: t.kind
+)
+def test_an_end_of_text_ends_texts_there_and_comes_back(tokenizer: Tokenizer, tmp_path: Path, tiny: Tiny) -> None:
+    saved = shaken(tiny(bias_head=False), tmp_path, with_end_of_text(tokenizer))
+    end = saved.tokenizer.end_of_text
+    write(saved, tmp_path / "out")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert end == theirs.eos_token_id == model.generation_config.eos_token_id == model.config.vocab_size - 1
+    text = "a b<|endoftext|>c" if tokenizer.kind != "char" else "abc"
+    assert theirs(text).input_ids == saved.tokenizer.encode(text).tolist()
+    assert theirs.decode([*saved.tokenizer.encode("abc"), end], skip_special_tokens=True) == "abc"
+    assert read(tmp_path / "out").tokenizer.to_json() == saved.tokenizer.to_json()
+    assert same_ids(tokenizer.to_json(), tokenizer.to_json())
+    assert not same_ids(saved.tokenizer.to_json(), tokenizer.to_json())  # it has an id more
+    marked = saved.tokenizer.to_json()
+    unmarked = {key: value for key, value in marked.items() if key != "end_of_text"}
+    assert same_ids(marked, unmarked) == (tokenizer.kind == "bpe")
 
 
 # Each architecture, and each option that it can have. What is left out is as in `tiny`: GPT-2's.

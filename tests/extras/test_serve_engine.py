@@ -69,6 +69,18 @@ def alone(model: GPT, prompt: list[int], n: int, sampling: Sampling = GREEDY, se
     return b"".join(PIECES[int(ids)] for ids, _ in steps).decode()
 
 
+def test_a_text_ends_with_its_document(tiny: Tiny) -> None:
+    with running(make(tiny())) as engine:
+        [whole] = submit(engine, Order([3], 9, GREEDY, logprobs=0))
+        until(lambda: whole.done)
+        tokens = [scored.token for piece in whole.pieces for scored in piece.tokens]
+        end = tokens[4]
+        [ended] = submit(engine, Order([3], 9, GREEDY, end_of_text=end))
+        until(lambda: ended.done)
+    assert ended.written == tokens.index(end) + 1
+    assert ended.pieces[-1].finish == "stop"
+
+
 @pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_greedy_texts_of_any_lengths_are_those_of_generate(

@@ -48,7 +48,7 @@ def read(path: Path, *, block_size: int | None = None, note: Note = lambda messa
         raise UserError(f"{config_file}: quantized weights cannot be imported; import the model they were made from")
     kind, config = options_of(theirs, str(config_file))
     _tell_ignored(kind, theirs, note)
-    tokenizer = _tokenizer(folder, note)
+    tokenizer = _tokenizer(folder, theirs.get("eos_token_id"), note)
     rows = theirs.get("vocab_size")
     if not isinstance(rows, int) or not tokenizer.vocab_size <= rows <= 1 << 24:
         raise UserError(
@@ -124,7 +124,7 @@ def _tell_ignored(kind: str, theirs: dict[str, Any], note: Note) -> None:
             note(f"{key} {str(value)[:20]} ({what}) is left out: minigpt has none, and only training would use it")
 
 
-def _tokenizer(folder: Path, note: Note) -> Tokenizer:
+def _tokenizer(folder: Path, end: object, note: Note) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise UserError(
@@ -133,7 +133,7 @@ def _tokenizer(folder: Path, note: Note) -> Tokenizer:
         )
     document = _json(path, read_tokenizer_document)
     try:
-        tokenizer, notes = vocabulary.tokenizer_of(document)
+        tokenizer, notes = vocabulary.tokenizer_of(document, end)
         checkpoints.require_storable(tokenizer.to_json())
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

@@ -20,7 +20,8 @@ def document_of(tokenizer: Tokenizer) -> dict[str, Any]:
     if isinstance(tokenizer, BpeTokenizer):
         return tokenizer.to_json()["tokenizer"]
     nothing = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
-    document: dict[str, Any] = {"version": "1.0", "added_tokens": []} | nothing
+    added = [] if tokenizer.end_of_text is None else [bpe.end_of_text_token(tokenizer.end_of_text)]
+    document: dict[str, Any] = {"version": "1.0", "added_tokens": added} | nothing
     if isinstance(tokenizer, CharTokenizer):
         vocab = {character: i for i, character in enumerate(tokenizer.chars)}
         words = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}  # of five characters: never in `vocab`
@@ -31,33 +32,43 @@ def document_of(tokenizer: Tokenizer) -> dict[str, Any]:
                        "model": {"type": "BPE", "vocab": bpe.ALPHABET, "merges": []}}  # fmt: skip
 
 
-def settings_of(block_size: int) -> dict[str, Any]:
+def settings_of(tokenizer: Tokenizer, block_size: int) -> dict[str, Any]:
     """The tokenizer_config.json."""
+    added = document_of(tokenizer)["added_tokens"]
+    end = next((token["content"] for token in added if token["id"] == tokenizer.end_of_text), None)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size, "split_special_tokens": True,
         "clean_up_tokenization_spaces": False, "add_prefix_space": False,
-        "bos_token": None, "eos_token": None, "unk_token": None, "pad_token": None,
+        "bos_token": end, "eos_token": end, "unk_token": None, "pad_token": None,
     }  # fmt: skip
 
 
-def tokenizer_of(document: Any) -> tuple[Tokenizer, list[str]]:
-    """The tokenizer of a tokenizer.json, and what to tell of it. UserError for one whose ids or text would differ."""
+def tokenizer_of(document: Any, end: object = None) -> tuple[Tokenizer, list[str]]:
+    """The tokenizer of a tokenizer.json, and what to tell of it. UserError for one whose ids or text would differ.
+
+    `end` is the model's `eos_token_id`, which ends a text where it is one special token.
+    """
     model = document.get("model") if isinstance(document, dict) else None
     if isinstance(model, dict) and model.get("type") == "WordLevel":
         return _characters(document, model.get("vocab")), []
-    if isinstance(model, dict) and model.get("vocab") == bpe.ALPHABET and not document.get("added_tokens"):
-        return ByteTokenizer(), []
+    if isinstance(model, dict) and model.get("vocab") == bpe.ALPHABET:
+        for tokenizer in (ByteTokenizer(), ByteTokenizer(end_of_text=True)):
+            if document.get("added_tokens") == document_of(tokenizer)["added_tokens"]:
+                return tokenizer, []
     notes = []
     if surrounding := _special_tokens_around(document.get("post_processor") if isinstance(document, dict) else None):
         names = " and ".join(surrounding)
         notes.append(f"its tokenizer puts {names} around every text; minigpt does not, so predictions may differ")
-    return BpeTokenizer(document), notes
+    try:
+        return BpeTokenizer(document, end), notes
+    except UserError:  # Llama 3 has several ends, and some models one that stands for text
+        return BpeTokenizer(document), notes
 
 
 def _characters(document: dict[str, Any], vocab: Any) -> CharTokenizer:
     """A character tokenizer that `document_of` described."""
     known = isinstance(vocab, dict) and vocab and all(isinstance(c, str) and len(c) == 1 for c in vocab)
-    tokenizer = CharTokenizer("".join(sorted(vocab)) if known else "?")
+    tokenizer = CharTokenizer("".join(sorted(vocab)) if known else "?", end_of_text=bool(document.get("added_tokens")))
     expected = document_of(tokenizer)
     if any(document.get(key) != expected[key] for key in ("normalizer", "pre_tokenizer", "added_tokens")) or (
         vocab != expected["model"]["vocab"]

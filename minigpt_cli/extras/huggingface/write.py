@@ -20,7 +20,6 @@ from minigpt_cli.extras.huggingface.read import WHOLE
 from minigpt_cli.extras.huggingface.settings import choose, not_carried, settings_of
 
 FILES = {WHOLE, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
-NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # a text has no special beginning or end
 
 
 def write(
@@ -38,13 +37,15 @@ def write(
     tensors = weights.pack(kind, config, checkpoint.part(MODEL), vocab_size)
     if lost := not_carried(kind, config):
         note(f"{architecture.name} has no such rates of dropout, which only training would use: {', '.join(lost)}")
+    end = checkpoint.tokenizer.end_of_text  # where there is none, a text has no special beginning or end
+    special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
     settings = {
         "architectures": [architecture.name], "model_type": kind, "vocab_size": vocab_size, "torch_dtype": "float32",
-    } | NO_TOKENS | settings_of(kind, config)  # fmt: skip
+    } | special | settings_of(kind, config)  # fmt: skip
     documents: dict[str, Any] = {
-        "config.json": settings, "generation_config.json": NO_TOKENS,
+        "config.json": settings, "generation_config.json": special,
         "tokenizer.json": vocabulary.document_of(checkpoint.tokenizer),
-        "tokenizer_config.json": vocabulary.settings_of(config.block_size),
+        "tokenizer_config.json": vocabulary.settings_of(checkpoint.tokenizer, config.block_size),
     }  # fmt: skip
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder, "another minigpt export is writing it"):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minigpt_cli.core.dataset import Tokens
+from minigpt_cli.core.dataset import Array, Tokens, require_ids
 from minigpt_cli.core.model import GPT
 from minigpt_cli.extras.inspect.capture import Replay, Skip, block_outputs, replaced_blocks, silenced_head
 
@@ -55,7 +55,9 @@ def validation_windows(tokens: Tokens, model: GPT, limit: int | None = None) -> 
     T = min(model.config.block_size, len(tokens) - 1, MAX_WINDOW)
     n = max(1, min((len(tokens) - 1) // T, (affordable_tokens(model) if limit is None else limit) // T))
     starts_B = np.linspace(0, len(tokens) - 1 - T, n).astype(np.int64)
-    windows = torch.from_numpy(tokens[starts_B[:, None] + np.arange(T + 1)].astype(np.int64))
+    windows_BT = np.stack([tokens[start : start + T + 1] for start in starts_B.tolist()])
+    require_ids(windows_BT, model.vocab_size)
+    windows = torch.from_numpy(windows_BT.astype(np.int64))
     return windows[:, :-1], windows[:, 1:]
 
 
@@ -113,6 +115,6 @@ def _window_losses(model: GPT, x_BT: Tensor, y_BT: Tensor) -> Tensor:
     return losses_BT.mean(dim=1)
 
 
-def _rise(differences_B: Tokens) -> Rise:
+def _rise(differences_B: Array) -> Rise:
     n = len(differences_B)
     return Rise(float(differences_B.mean()), float(differences_B.std(ddof=1)) / math.sqrt(n) if n > 1 else None)

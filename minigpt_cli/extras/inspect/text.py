@@ -14,6 +14,7 @@ from minigpt_cli.core.dataset import Dataset, Tokens, require_known_tokens
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.generate import Sampling, generate
 from minigpt_cli.core.model import GPT
+from minigpt_cli.core.tokenizer import same_ids
 
 MAX_NUMBERS = 1_300_000  # queries' and keys' numbers that a page of 5 MB can hold
 MAX_SCORES = 1 << 24  # weights of all heads together: 64 MB in float32
@@ -113,7 +114,7 @@ def _read_file(checkpoint: Checkpoint, path: Path) -> tuple[Tokens, str]:
 
 def _read(checkpoint: Checkpoint, path: Path) -> tuple[Tokens, str]:
     dataset = Dataset(path)
-    if dataset.meta.tokenizer != checkpoint.tokenizer.to_json():
+    if not same_ids(dataset.meta.tokenizer, checkpoint.tokenizer.to_json()):
         raise UserError(f"{path}: prepared with another tokenizer than the model's")
     require_known_tokens(dataset.val, checkpoint.tokenizer.vocab_size, path)
     same = dataset.meta.fingerprint == checkpoint.header.dataset_fingerprint

@@ -76,9 +76,11 @@ class Completions:
         answer, loop = Answer(request, prompt_ids), asyncio.get_running_loop()
         orders = [
             Order(
-                ids or [0], request.max_tokens, sampling, request.stops, logprobs=request.logprobs,
+                ids or [self.tokenizer.end_of_text or 0], request.max_tokens, sampling, request.stops,
+                logprobs=request.logprobs,
                 seed=None if request.seed is None else request.seed + index * request.n + copy,
                 score_prompt=request.echo and request.logprobs is not None, partial=request.stream,
+                end_of_text=self.tokenizer.end_of_text,
             )
             for index, ids in enumerate(prompt_ids) for copy in range(request.n)
         ]  # fmt: skip

@@ -34,6 +34,7 @@ class Order:
     logprobs: int | None = None  # how many of the likeliest to tell of at each place
     score_prompt: bool = False  # log probabilities of the prompt's own tokens too
     partial: bool = False  # wake for every token, not only at the end
+    end_of_text: int | None = None  # the token with which a document ends, and this text
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Stream:
         self.generator: torch.Generator | None = None
         self.pending = order.ids[-window:]  # tokens that the model has not seen yet
         self._context = deque(self.pending, maxlen=window)
-        self._text, self._held, self._released = Detokenizer(pieces, order.stops), deque[Scored](), 0
+        self._text, self._held, self._released = Detokenizer(pieces, order.stops, order.end_of_text), deque[Scored](), 0
 
     def make_room(self, model: GPT) -> KVCache:
         """The cache. If it is full and cannot slide, only the newest half of the window is kept, to be read again."""
