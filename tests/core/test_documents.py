@@ -134,6 +134,18 @@ def test_the_end_of_text_is_a_token_that_no_text_leads_to(tmp_path: Path, tokeni
     assert tok.decode([tok.end_of_text]) == ""
 
 
+def test_a_tokenizer_that_composes_accents_does_so_in_each_document(tmp_path: Path) -> None:
+    learned = train_bpe(["some text " * 20], 260).to_json()["tokenizer"] | {"normalizer": {"type": "NFC"}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(learned))
+    texts = [f"e\u0301 {i} e" if i % 2 else f"\u0301 begins {i}" for i in range(60)]
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl(texts))
+    report = prepare([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer=str(tmp_path / "tokenizer.json"))
+    tok, tokens = from_json(report.meta.tokenizer), Dataset(report.out).train[:]
+    composed = [tok.given_back(text) for text in expected_documents(texts)[0]]
+    assert tok.decode(tokens) == "".join(composed)
+    assert composed[0] != expected_documents(texts)[0][0] or composed[1] != expected_documents(texts)[0][1]
+
+
 def test_the_vocabulary_size_counts_the_end_of_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(as_jsonl(TEXTS))
     report = prepare([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer="bpe", vocab_size=290)
