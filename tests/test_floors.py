@@ -21,7 +21,7 @@ FLOORS = [
     {"model"},
     {"checkpoint", "evaluate", "generate", "optim"},
     {"shards"},
-    {"run"},
+    {"run", "writer"},
     {"train"},
     {"measure", "verdict"},
 ]
