@@ -23,7 +23,7 @@ FLOORS = [
     {"shards"},
     {"run", "writer"},
     {"train"},
-    {"measure", "verdict"},
+    {"measure", "session", "verdict"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 CORE, EXTRAS, COMMANDS = (sorted((PACKAGE / folder).rglob("*.py")) for folder in ("core", "extras", "commands"))

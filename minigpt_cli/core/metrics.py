@@ -1,6 +1,6 @@
 """Where numbers go: metrics.jsonl, loss.png, and whoever else listens to a run.
 
-A listener hears of a run through five methods; the trainer does not know who they are.
+A listener hears of a run through six methods; the trainer does not know who they are.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ class Listener:
 
     def note(self, message: str) -> None:
         """Something that a person should know."""
+
+    def close(self) -> None:
+        """The session is over, however it ended: nothing else will be told."""
 
 
 class JsonLines(Listener):
