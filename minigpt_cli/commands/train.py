@@ -12,6 +12,8 @@ from minigpt_cli.commands.console import Debug, duration, note, print_table, saf
 from minigpt_cli.core.errors import Stopped, UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from minigpt_cli.core.checkpoint import Checkpoint
     from minigpt_cli.core.metrics import Listener
     from minigpt_cli.core.run import RunFolder
@@ -41,6 +43,12 @@ def train(
     allow_data_change: Annotated[
         bool, typer.Option("--allow-data-change", help="Resume although the dataset is another.")
     ] = False,
+    log: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--log", metavar="NAME", help="Show the run in tensorboard or wandb too (offline, in OUT/logs). Repeatable."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what it would cost; one real step; write nothing.")
     ] = False,
@@ -63,7 +71,10 @@ def train(
     from minigpt_cli.core.config import parse_override
     from minigpt_cli.core.session import make_job
     from minigpt_cli.core.world import joined
+    from minigpt_cli.extras.loggers import require
 
+    loggers = list(dict.fromkeys(log or []))
+    require(loggers)
     overrides = [parse_override(text) for text in settings or []]
     overrides += [("out_dir", out)] if out is not None else []
     overrides += [("runtime.device", device)] if device is not None else []
@@ -72,17 +83,18 @@ def train(
         if dry_run:
             _show_plan(job)
         else:
-            _run(job, resume=resume, overwrite=overwrite, allow_data_change=allow_data_change)
+            _run(job, loggers, resume=resume, overwrite=overwrite, allow_data_change=allow_data_change)
 
 
-def _run(job: Job, *, resume: bool, overwrite: bool, allow_data_change: bool) -> None:
+def _run(job: Job, loggers: list[str], *, resume: bool, overwrite: bool, allow_data_change: bool) -> None:
     from minigpt_cli.commands.display import Display
     from minigpt_cli.core.session import run_session
     from minigpt_cli.core.signals import StopSignals
     from minigpt_cli.core.verdict import verdict
 
     def listen(folder: RunFolder, saved: Checkpoint | None) -> list[Listener]:
-        return [Display(job.config, start=saved.header.step if saved else 0)]
+        display = Display(job.config, start=saved.header.step if saved else 0)
+        return [display, *(_logger(name, folder, job, saved, display.note) for name in loggers)]
 
     with StopSignals() as stop:
         result = run_session(
@@ -101,6 +113,17 @@ def _run(job: Job, *, resume: bool, overwrite: bool, allow_data_change: bool) ->
         print(safe(f"Make one file of it: minigpt export --ckpt {best} --to file best.safetensors"))
     else:
         print(safe(f"Sample from it: minigpt sample --ckpt {best} --tokens 500"))
+
+
+def _logger(name: str, folder: RunFolder, job: Job, saved: Checkpoint | None, note: Callable[[str], None]) -> Listener:
+    from minigpt_cli.extras.loggers import Logger
+
+    header = saved.header if saved is not None else None
+    return Logger(
+        name, folder.metrics, folder.logs, note, config=job.config.model_dump(),
+        resume_at=header.step if header else None, evaluated=header is None or header.val_loss is not None,
+        tokens_seen=header.tokens_seen if header else 0,
+    )  # fmt: skip
 
 
 def _warn_if_slow(job: Job, runtime: Runtime) -> None:

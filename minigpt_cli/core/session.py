@@ -92,9 +92,9 @@ def run_session(
 ) -> Result:  # fmt: skip
     """Train in the folder that the settings name, and leave there all that a run leaves.
 
-    `begin` is called on every rank before a new run writes anything, `listen` on the one that leads, with the checkpoint
-    to resume, if any: it gives those who hear of the run besides metrics.jsonl. Raises UserError for a folder that will
-    not do.
+    `begin` is called on every rank before a new run writes anything; `listen` on the one that leads, with the
+    checkpoint to resume, if any: it gives those who hear of the run besides metrics.jsonl. Raises UserError for a
+    folder that will not do.
     """
     config, world, path = job.config, job.world, Path(job.config.out_dir)
     runtime = job.runtime()  # before the folder is touched: there may be no such device

@@ -28,7 +28,7 @@ from minigpt_cli.core.metrics import Listener, Record, read_metrics
 from minigpt_cli.core.model import GPT, initial_weights, lm_loss
 from minigpt_cli.core.optim import WeightAverage, learning_rate_at, make_optimizer, set_learning_rate
 from minigpt_cli.core.run import BackgroundSaver, RunFolder
-from minigpt_cli.core.runtime import DTYPES, Runtime, first_line, memory_advice, seed_everything
+from minigpt_cli.core.runtime import DTYPES, Runtime, first_line, memory_advice, seed_everything, system_figures
 from minigpt_cli.core.sharding import like, replicate, shard, whole, without_exchange
 from minigpt_cli.core.tokenizer import Tokenizer, from_json
 
@@ -309,6 +309,7 @@ class Trainer:
             train_loss=loss,
             lr=learning_rate_at(progress.step - 1, train),
             tokens_per_second=tokens / (now - log_from[1]),
+            **system_figures(self.runtime.device),
         )
         return progress.step, now
 
@@ -490,7 +491,9 @@ class Trainer:
         return self.world.everyones(error)
 
     def _record(self, **values: float) -> None:
-        record = {"step": self.progress.step, **values, "seconds": round(self._seconds(), 3)}
+        progress = self.progress
+        seconds = round(self._seconds(), 3)
+        record = {"step": progress.step, "tokens_seen": progress.tokens_seen, **values, "seconds": seconds}
         self._tell(lambda listener: listener.log(record))
 
     def _note(self, message: str) -> None:
