@@ -57,17 +57,15 @@ def evaluate(
 def _measure(ckpt: Path, data: Path | None, split: str, device: str, world: World) -> tuple[dict[str, Any], str]:
     """All the numbers, and what they are of. Ranks share the work."""
     from minigpt_cli.core.checkpoint import load
-    from minigpt_cli.core.config import RuntimeConfig, parse_section
-    from minigpt_cli.core.evaluate import baselines, text_size
+    from minigpt_cli.core.evaluate import EVALUATED_AT_ONCE, baselines, evaluation_settings, text_size
     from minigpt_cli.core.runtime import choose_runtime
 
     with world.together():
         checkpoint = load(ckpt, weights_only=True)
         config, tokenizer = checkpoint.config, checkpoint.tokenizer
-        precision = "fp32" if checkpoint.header.progress.precision == "fp32" else "auto"  # as trained, or exactly
-        wanted = parse_section(RuntimeConfig, {"device": device, "precision": precision}, "--device")
+        wanted = evaluation_settings(device, checkpoint.header.progress.precision)
         tokens, train = _find_tokens(checkpoint, data, split)
-    runtime = choose_runtime(wanted, width=config.model.n_embd, rows=16384, world=world)
+    runtime = choose_runtime(wanted, width=config.model.n_embd, rows=EVALUATED_AT_ONCE, world=world)
     model = checkpoint.model(runtime.device)
     score = _score(model, tokens, runtime, str(data or config.data.path))
     characters, n_bytes = text_size(tokens, tokenizer)
