@@ -14,6 +14,7 @@ from minigpt_cli.commands.console import Debug, error_boundary, make_streams_rob
 from minigpt_cli.commands.eval import evaluate
 from minigpt_cli.commands.export import export
 from minigpt_cli.commands.import_ import import_model
+from minigpt_cli.commands.info import info
 from minigpt_cli.commands.inspect import inspect
 from minigpt_cli.commands.prepare import prepare
 from minigpt_cli.commands.sample import sample
@@ -65,7 +66,7 @@ def _global_options(
 
 for name, command in (
     ("prepare", prepare), ("train", train), ("sample", sample), ("eval", evaluate), ("bench", bench),
-    ("inspect", inspect), ("serve", serve), ("export", export), ("import", import_model),
+    ("inspect", inspect), ("info", info), ("serve", serve), ("export", export), ("import", import_model),
 ):  # fmt: skip
     app.command(name)(command)
 

@@ -15,7 +15,7 @@ from minigpt_cli import __version__
 from minigpt_cli.commands import console
 from minigpt_cli.core import config
 
-COMMANDS = ["prepare", "train", "sample", "eval", "bench", "inspect", "serve", "export", "import"]
+COMMANDS = ["prepare", "train", "sample", "eval", "bench", "inspect", "info", "serve", "export", "import"]
 HEAVY = {"torch", "numpy", "rich", "pydantic", "yaml", "matplotlib", "tokenizers", "safetensors"}
 
 
