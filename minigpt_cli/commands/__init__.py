@@ -16,6 +16,7 @@ from minigpt_cli.commands.export import export
 from minigpt_cli.commands.import_ import import_model
 from minigpt_cli.commands.info import info
 from minigpt_cli.commands.inspect import inspect
+from minigpt_cli.commands.options import join_words
 from minigpt_cli.commands.prepare import prepare
 from minigpt_cli.commands.sample import sample
 from minigpt_cli.commands.serve import serve
@@ -77,4 +78,6 @@ def main() -> None:
     # training step several times as long; a short spin costs nothing measurable (docs/benchmarks.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     make_streams_robust()
+    if os.environ.get("_MINIGPT_COMPLETE") == "complete_bash":
+        join_words()
     app(prog_name="minigpt")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minigpt_cli.commands.console import Debug, note, print_table, progress_bar
+from minigpt_cli.commands.options import CKPT, DEVICE, among
 from minigpt_cli.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,14 +24,16 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    ckpt: Annotated[Path, typer.Option("--ckpt", help="A checkpoint: last.safetensors or best.safetensors of a run.")],
+    ckpt: Annotated[Path, CKPT],
     data: Annotated[
         Path | None,
         typer.Option("--data", help="A dataset folder or a text file. [default: what it was trained on]"),
     ] = None,
-    split: Annotated[str, typer.Option("--split", help="val or train (of a dataset folder).")] = "val",
+    split: Annotated[
+        str, typer.Option("--split", autocompletion=among("val", "train"), help="val or train (of a dataset folder).")
+    ] = "val",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: Annotated[str, DEVICE] = "auto",
     debug: Debug = False,
 ) -> None:
     """Measure a model on a whole split: every token once, in fixed windows.

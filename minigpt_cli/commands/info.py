@@ -75,7 +75,7 @@ def _facts(known: Checkpoint) -> dict[str, Any]:
     loss = header.val_loss
     return {
         "file": str(known.path), "bytes": known.path.stat().st_size, "tensors": len(header.checksums),
-        "verified": False, "step": header.step, "max_iters": known.config.train.max_iters, "tokens_seen": header.tokens_seen,
+        "step": header.step, "max_iters": known.config.train.max_iters, "tokens_seen": header.tokens_seen,
         "epochs": header.tokens_seen / data.train.tokens if data is not None else None,
         "seconds": header.progress.seconds, "val_loss": loss,
         "perplexity": math.exp(loss) if loss is not None and loss < 700 else None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from minigpt_cli.commands.console import Debug, note, read_prompt, safe, stdout
+from minigpt_cli.commands.options import CKPT, DEVICE, among
 from minigpt_cli.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def sample(
-    ckpt: Annotated[Path, typer.Option("--ckpt", help="A checkpoint: last.safetensors or best.safetensors of a run.")],
+    ckpt: Annotated[Path, CKPT],
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="The text to go on from. [default: token 0, not printed]")
     ] = None,
@@ -54,9 +55,14 @@ def sample(
     raw: Annotated[
         bool, typer.Option("--raw", help="Print control characters as they are, instead of spelled out.")
     ] = False,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: Annotated[str, DEVICE] = "auto",
     precision: Annotated[
-        str, typer.Option("--precision", help="auto, fp32 or bf16: auto takes the faster, and says so if it is bf16.")
+        str,
+        typer.Option(
+            "--precision",
+            autocompletion=among("auto", "fp32", "bf16"),
+            help="auto, fp32 or bf16: auto takes the faster, and says so if it is bf16.",
+        ),
     ] = "auto",
     debug: Debug = False,
 ) -> None:

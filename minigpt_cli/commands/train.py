@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from minigpt_cli.commands.console import Debug, duration, note, print_table, safe, size
+from minigpt_cli.commands.options import CONFIG, DEVICE, SETTINGS, among
 from minigpt_cli.core.errors import Stopped, UserError
 
 if TYPE_CHECKING:
@@ -25,14 +26,8 @@ SLOW_HOURS = 1.0  # from here on, say before starting how long it will take
 
 
 def train(
-    config: Annotated[
-        str | None,
-        typer.Option("--config", help="A YAML file, or the name of a shipped config: cpu, modern, gpt, v2, bigram."),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change one setting: section.key=value. Repeatable.", metavar="K=V"),
-    ] = None,
+    config: Annotated[str | None, CONFIG] = None,
+    settings: Annotated[list[str] | None, SETTINGS] = None,
     out: Annotated[
         str | None, typer.Option("--out", help="The run folder. [default: the config's out_dir, checkpoints]")
     ] = None,
@@ -46,13 +41,16 @@ def train(
     log: Annotated[
         list[str] | None,
         typer.Option(
-            "--log", metavar="NAME", help="Show the run in tensorboard or wandb too (offline, in OUT/logs). Repeatable."
+            "--log",
+            metavar="NAME",
+            autocompletion=among("tensorboard", "wandb"),
+            help="Show the run in tensorboard or wandb too (offline, in OUT/logs). Repeatable.",
         ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what it would cost; one real step; write nothing.")
     ] = False,
-    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = None,
+    device: Annotated[str | None, DEVICE] = None,
     debug: Debug = False,
 ) -> None:
     """Train a GPT on a prepared dataset.
