@@ -39,7 +39,16 @@ def commands() -> list[list[str]]:
 
 @pytest.mark.slow
 def test_every_command_in_the_readme_runs(tmp_path: Path, verse: str) -> None:
-    assert {words[1] for words in commands()} >= {"prepare", "train", "sample", "eval", "bench", "inspect", "serve"}
+    assert {words[1] for words in commands()} >= {
+        "prepare",
+        "train",
+        "sample",
+        "eval",
+        "bench",
+        "inspect",
+        "info",
+        "serve",
+    }
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "input.txt").write_text(verse + "ROMEO:")
     (tmp_path / "books").mkdir()
