@@ -16,7 +16,6 @@ from minigpt_cli.core.detokenize import Detokenizer
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.generate import Sampling, for_decoding, generate, read_back
 from minigpt_cli.core.runtime import choose_decoding_runtime
-from minigpt_cli.core.tokenizer import Tokenizer
 
 
 class Writer:
