@@ -18,7 +18,7 @@ import pytest
 from commands.conftest import TINY, call, command, environment, on_a_terminal, run
 from minigpt_cli import __version__
 from minigpt_cli.commands import console, options
-from minigpt_cli.core import config
+from minigpt_cli.core import session
 
 COMMANDS = ["prepare", "train", "sample", "eval", "bench", "inspect", "info", "serve", "export", "import"]
 HEAVY = {"torch", "numpy", "rich", "pydantic", "yaml", "matplotlib", "tokenizers", "safetensors"}
@@ -86,7 +86,7 @@ def test_arguments_that_cannot_be_read(arguments: list[str], message: str, where
         ("minigpt bench --config = g", ["gpt"]),
         ("minigpt train --set train.max_m", ["train.max_minutes=null"]),
         ("minigpt train --set train.ema", ["train.ema=null"]),
-        ("minigpt train --set runtime.c", ["runtime.compile=auto", "runtime.compile=true", "runtime.compile=false"]),
+        ("minigpt train --set runtime.com", ["runtime.compile=auto", "runtime.compile=true", "runtime.compile=false"]),
         ("minigpt train --set data.", ["data.path=", "data.sampling="]),
         ("minigpt train --set model.mlp =", ["relu", "gelu", "relu2", "swiglu"]),
         ("minigpt train --set model.mlp = g", ["gelu"]),
@@ -165,7 +165,7 @@ def test_an_internal_error_is_one_line_and_a_traceback_only_on_demand(monkeypatc
     def broken(*_: object) -> None:
         raise ZeroDivisionError("first line\n\x1b[2Jsecond line")
 
-    monkeypatch.setattr(config, "load_config", broken)
+    monkeypatch.setattr(session, "load_config", broken)
     done = call("train", "--config", "gpt")
     assert done.code == 1
     assert done.error == (
@@ -194,7 +194,7 @@ def test_what_the_system_may_do_to_us(
     def broken(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(config, "load_config", broken)
+    monkeypatch.setattr(session, "load_config", broken)
     done = call("train", "--config", "gpt")
     assert (done.code, done.out, done.err) == (code, "", message)
 
