@@ -31,12 +31,14 @@ def info(
 
     Example: minigpt info checkpoints/best.safetensors
     """
-    if not path.is_dir():
+    if not path.is_dir() or path.suffix == ".sharded":  # which is a checkpoint too, and told how to be read
         _show_checkpoint(path, as_json)
     elif (path / "meta.json").exists():
         _show_dataset(path, as_json)
     elif files := sorted(path.glob("*.safetensors")):
         _show_run(path, files, as_json)
+    elif parts := sorted(path.glob("*.sharded")):
+        _show_checkpoint(parts[-1], as_json)
     else:
         raise UserError(f"{path}: a folder with neither checkpoints (*.safetensors) nor a dataset (meta.json) in it")
 
@@ -125,6 +127,14 @@ def _rows(known: Checkpoint, facts: dict[str, Any]) -> list[tuple[object, ...]]:
     passes = f", {epochs:,.1f} passes over the text" if epochs is not None else ""
     planned = f" of {facts['max_iters']:,}" if isinstance(facts["max_iters"], int) else ""
     averaged = facts["weights"] == "averaged"
+    history: list[tuple[object, ...]] = [
+        ("data", f"{config.data.path} (fingerprint {facts['dataset_fingerprint'][:12]})"),
+        ("trained", f"{facts['step']:,}{planned} steps, {facts['tokens_seen']:,} tokens{passes}"),
+        ("time of training", f"{duration(facts['seconds'])}, in {facts['precision']}"),
+        ("validation loss", quality),
+    ]
+    if not facts["step"]:
+        history = [("trained", "elsewhere, before it was imported")]
     return [
         ("holds", ("weights and optimizer: --resume can go on from it" if facts["optimizer"] else "weights only")
          + (", averaged over steps (train.ema)" if averaged else "")),
@@ -132,10 +142,7 @@ def _rows(known: Checkpoint, facts: dict[str, Any]) -> list[tuple[object, ...]]:
         ("parameters", f"{total:,}"),
         *((f"  {part}", f"{count:,}") for part, count in parameters.items() if count),
         ("tokenizer", f"{known.tokenizer.kind}, {known.tokenizer.vocab_size:,} tokens"),
-        ("data", f"{config.data.path} (fingerprint {facts['dataset_fingerprint'][:12]})"),
-        ("trained", f"{facts['step']:,}{planned} steps, {facts['tokens_seen']:,} tokens{passes}"),
-        ("time of training", f"{duration(facts['seconds'])}, in {facts['precision']}"),
-        ("validation loss", quality),
+        *history,
         ("made with", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())),
         ("file", size(facts["bytes"])),
     ]  # fmt: skip

@@ -86,6 +86,10 @@ CONFIG = typer.Option(
 DEVICE = typer.Option(
     "--device", help="auto, cpu, cuda, cuda:N or mps.", autocompletion=among("auto", "cpu", "cuda", "cuda:0", "mps")
 )
+PRECISION = typer.Option(
+    "--precision", help="auto, fp32 or bf16: auto takes the faster, and says so if it is bf16.",
+    autocompletion=among("auto", "fp32", "bf16"),
+)  # fmt: skip
 SETTINGS = typer.Option(
     "--set", help="Change one setting: section.key=value. Repeatable.", metavar="K=V", autocompletion=_setting
 )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from minigpt_cli.commands.console import Debug, note, read_prompt, safe, stdout
-from minigpt_cli.commands.options import CKPT, DEVICE, among
+from minigpt_cli.commands.options import CKPT, DEVICE, PRECISION
 from minigpt_cli.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,14 +56,7 @@ def sample(
         bool, typer.Option("--raw", help="Print control characters as they are, instead of spelled out.")
     ] = False,
     device: Annotated[str, DEVICE] = "auto",
-    precision: Annotated[
-        str,
-        typer.Option(
-            "--precision",
-            autocompletion=among("auto", "fp32", "bf16"),
-            help="auto, fp32 or bf16: auto takes the faster, and says so if it is bf16.",
-        ),
-    ] = "auto",
+    precision: Annotated[str, PRECISION] = "auto",
     debug: Debug = False,
 ) -> None:
     """Write text with a trained model.

@@ -95,6 +95,7 @@ def test_arguments_that_cannot_be_read(arguments: list[str], message: str, where
         ("minigpt train --log ", ["tensorboard", "wandb"]),
         ("minigpt sample --precision f", ["fp32"]),
         ("minigpt eval --split ", ["val", "train"]),
+        ("minigpt export --to ", ["hf", "gguf", "file"]),
         ("minigpt prepare x --tokenizer b", ["byte", "bpe"]),
         ("minigpt sample --ckpt ", []),  # the shell's own: files
     ],

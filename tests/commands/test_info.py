@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from commands.conftest import Done, call, on_a_terminal
-from minigpt_cli.core.checkpoint import load, peek, save, verify
+from minigpt_cli.core.checkpoint import Progress, load, peek, save, verify
 
 BEST, LAST = "checkpoints/best.safetensors", "checkpoints/last.safetensors"
 
@@ -143,6 +143,29 @@ def test_a_header_cannot_drive_the_terminal(here: Path) -> None:
     assert done.code == 0
     assert "\\x1b[2Jdata\\x07" in done.out
     assert "\x1b" not in done.out
+
+
+def test_an_imported_model_was_trained_elsewhere(here: Path) -> None:
+    known = load(BEST)
+    nothing = {"step": 0, "tokens_seen": 0, "val_loss": None, "progress": Progress(), "dataset_fingerprint": "imported"}
+    save(
+        Path("imported.safetensors"),
+        known.tensors,
+        known.header.model_dump(exclude={"checksums", "versions"}) | nothing,
+    )
+    rows = table(call("info", "imported.safetensors"))
+    assert rows["trained"] == "elsewhere, before it was imported"
+    assert rows["parameters"] == table(call("info", BEST))["parameters"]
+
+
+@pytest.mark.parametrize("path", ["checkpoints", "checkpoints/last-00000020.sharded"])
+def test_a_checkpoint_in_parts_says_how_to_make_one_file_of_it(here: Path, path: str) -> None:
+    for file in (here / "checkpoints").glob("*.safetensors"):
+        file.unlink()
+    (here / "checkpoints/last-00000020.sharded").mkdir()
+    done = call("info", path)
+    assert done.code == 2
+    assert "last-00000020.sharded: in parts; make one file of it: minigpt export" in done.error
 
 
 def test_verifying_tells_how_far_it_is(here: Path) -> None:
