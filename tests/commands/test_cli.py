@@ -88,7 +88,7 @@ def test_arguments_that_cannot_be_read(arguments: list[str], message: str, where
         ("minigpt train --set train.ema", ["train.ema=null"]),
         ("minigpt train --set runtime.com", ["runtime.compile=auto", "runtime.compile=true", "runtime.compile=false"]),
         ("minigpt train --set data.", ["data.path=", "data.sampling="]),
-        ("minigpt train --set model.mlp =", ["relu", "gelu", "relu2", "swiglu"]),
+        ("minigpt train --set model.norm =", ["layernorm", "rmsnorm", "none"]),
         ("minigpt train --set model.mlp = g", ["gelu"]),
         ("minigpt train --set nonsense = ", []),
         ("minigpt train --device cu", ["cuda", "cuda:0"]),
@@ -115,7 +115,7 @@ def test_what_a_shell_is_offered(
     done = call()
     assert (done.code, done.err) == (0, "")
     assert set(expected) <= set(found := done.out.split())
-    if words.endswith(("--set model.mlp =", "--config c")) or expected in (COMMANDS, []):
+    if words.endswith(("--set model.norm =", "--config c")) or expected in (COMMANDS, []):
         assert found == expected
 
 
