@@ -40,7 +40,16 @@ def commands() -> list[list[str]]:
 
 @pytest.mark.slow
 def test_every_command_in_the_readme_runs(tmp_path: Path, verse: str) -> None:
-    assert {words[1] for words in commands()} >= {"prepare", "train", "sample", "eval", "bench", "inspect", "serve"}
+    assert {words[1] for words in commands()} >= {
+        "prepare",
+        "train",
+        "sample",
+        "eval",
+        "bench",
+        "inspect",
+        "info",
+        "serve",
+    }
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "input.txt").write_text(verse + "ROMEO:")
     (tmp_path / "books").mkdir()
@@ -93,6 +102,30 @@ def try_server(ckpt: Path) -> None:
         assert said.getvalue()
 
 
+def test_the_python_in_the_readme_runs(
+    tmp_path: Path, verse: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of it in one notebook's order, with a smaller model and fewer steps."""
+    import matplotlib
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "input.txt").write_text(verse + "The king is dead.")
+    section = README.partition("\n## From Python\n")[2].partition("\n## ")[0]
+    code = "".join(re.findall(r"^```python\n(.*?)^```", section, re.M | re.S))
+    settings = ", ".join(f'"{key}": {value}' for key, _, value in (setting.partition("=") for setting in TINY))
+    scaled = code.replace('"train.max_iters": 300', settings.replace("null", "None"))
+    assert scaled != code
+    matplotlib.use("agg")
+    names: dict[str, object] = {}
+    for _ in range(2):  # a cell is run again and again
+        exec(scaled, names)
+        drawn = names["plt"].gca().lines  # type: ignore[attr-defined]
+        assert [list(line.get_xdata()) for line in drawn] == [[6], [3, 6]]
+        names["plt"].close()  # type: ignore[attr-defined]
+    assert "device: " in capsys.readouterr().out
+
+
 def test_the_two_commands_stand_where_scripts_look_for_them() -> None:
     for heading, contains in (("Quick start", "minigpt sample"), ("Tests", "pytest")):
         block = re.search(rf"^## {heading}\n.*?^```sh\n(.*?)^```", README, re.M | re.S)
@@ -112,11 +145,12 @@ def test_the_wheel_runs_without_the_repository(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     shutil.unpack_archive(wheel, tmp_path / "site", format="zip")
     for arguments, expected in (
-        (["--version"], "minigpt "),
-        (["bench", "--config", "bigram", "--seconds", "0", "--json"], "train_tokens_per_second"),
+        (["-c", "import minigpt_cli; print(minigpt_cli.load.__doc__)"], "Read a checkpoint"),
+        (["-m", "minigpt_cli", "--version"], "minigpt "),
+        (["-m", "minigpt_cli", "bench", "--config", "bigram", "--seconds", "0", "--json"], "train_tokens_per_second"),
     ):
         done = subprocess.run(
-            [sys.executable, "-m", "minigpt_cli", *arguments], cwd=tmp_path, capture_output=True, text=True,
+            [sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True,
             env={**os.environ, "PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1"}, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -124,6 +158,7 @@ def test_the_wheel_runs_without_the_repository(tmp_path: Path) -> None:
     shipped = {path.stem for path in (tmp_path / "site" / "minigpt_cli" / "configs").glob("*.yaml")}
     assert shipped == {path.stem for path in (ROOT / "configs").glob("*.yaml")}
     assert (tmp_path / "site" / "minigpt_cli" / "data" / "sources.yaml").is_file()
+    assert (tmp_path / "site" / "minigpt_cli" / "py.typed").is_file()
     extras = ROOT / "minigpt_cli" / "extras"
     pieces = {path.relative_to(extras) for kind in ("*/static/*", "*/templates/*") for path in extras.glob(kind)}
     assert len(pieces) > 13

@@ -14,7 +14,9 @@ from minigpt_cli.commands.console import Debug, error_boundary, make_streams_rob
 from minigpt_cli.commands.eval import evaluate
 from minigpt_cli.commands.export import export
 from minigpt_cli.commands.import_ import import_model
+from minigpt_cli.commands.info import info
 from minigpt_cli.commands.inspect import inspect
+from minigpt_cli.commands.options import join_words
 from minigpt_cli.commands.prepare import prepare
 from minigpt_cli.commands.sample import sample
 from minigpt_cli.commands.serve import serve
@@ -65,7 +67,7 @@ def _global_options(
 
 for name, command in (
     ("prepare", prepare), ("train", train), ("sample", sample), ("eval", evaluate), ("bench", bench),
-    ("inspect", inspect), ("serve", serve), ("export", export), ("import", import_model),
+    ("inspect", inspect), ("info", info), ("serve", serve), ("export", export), ("import", import_model),
 ):  # fmt: skip
     app.command(name)(command)
 
@@ -76,4 +78,6 @@ def main() -> None:
     # training step several times as long; a short spin costs nothing measurable (docs/benchmarks.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     make_streams_robust()
+    if os.environ.get("_MINIGPT_COMPLETE") == "complete_bash":
+        join_words()
     app(prog_name="minigpt")

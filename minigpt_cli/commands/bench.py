@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minigpt_cli.commands.console import Debug, note, print_table, size
+from minigpt_cli.commands.options import CONFIG, DEVICE, SETTINGS, among
 from minigpt_cli.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,14 +17,8 @@ if TYPE_CHECKING:
 
 
 def bench(
-    config: Annotated[
-        str,
-        typer.Option("--config", help="A YAML file, or a shipped config: cpu, modern, gpt, v2, bigram."),
-    ],
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change one setting: section.key=value. Repeatable.", metavar="K=V"),
-    ] = None,
+    config: Annotated[str, CONFIG],
+    settings: Annotated[list[str] | None, SETTINGS] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps to time, at most.")] = 20,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens to decode.")] = 500,
     streams: Annotated[int, typer.Option("--streams", min=1, help="Samples to decode side by side.")] = 1,
@@ -35,11 +30,12 @@ def bench(
         typer.Option(
             "--baseline",
             metavar="NAME",
+            autocompletion=among("naive", "hf"),
             help="Compare with naive (the seed's way, from the repository) or hf (transformers' GPT-2). Repeatable.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = None,
+    device: Annotated[str | None, DEVICE] = None,
     debug: Debug = False,
 ) -> None:
     """Time real training steps (data, forward, backward, clip, optimizer) and decoding.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minigpt_cli.commands.console import Debug, note, print_table, progress_bar
+from minigpt_cli.commands.options import CKPT, DEVICE, among
 from minigpt_cli.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,14 +24,16 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    ckpt: Annotated[Path, typer.Option("--ckpt", help="A checkpoint: last.safetensors or best.safetensors of a run.")],
+    ckpt: Annotated[Path, CKPT],
     data: Annotated[
         Path | None,
         typer.Option("--data", help="A dataset folder or a text file. [default: what it was trained on]"),
     ] = None,
-    split: Annotated[str, typer.Option("--split", help="val or train (of a dataset folder).")] = "val",
+    split: Annotated[
+        str, typer.Option("--split", autocompletion=among("val", "train"), help="val or train (of a dataset folder).")
+    ] = "val",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: Annotated[str, DEVICE] = "auto",
     debug: Debug = False,
 ) -> None:
     """Measure a model on a whole split: every token once, in fixed windows.
@@ -57,17 +60,15 @@ def evaluate(
 def _measure(ckpt: Path, data: Path | None, split: str, device: str, world: World) -> tuple[dict[str, Any], str]:
     """All the numbers, and what they are of. Ranks share the work."""
     from minigpt_cli.core.checkpoint import load
-    from minigpt_cli.core.config import RuntimeConfig, parse_section
-    from minigpt_cli.core.evaluate import baselines, text_size
+    from minigpt_cli.core.evaluate import EVALUATED_AT_ONCE, baselines, evaluation_settings, text_size
     from minigpt_cli.core.runtime import choose_runtime
 
     with world.together():
         checkpoint = load(ckpt, weights_only=True)
         config, tokenizer = checkpoint.config, checkpoint.tokenizer
-        precision = "fp32" if checkpoint.header.progress.precision == "fp32" else "auto"  # as trained, or exactly
-        wanted = parse_section(RuntimeConfig, {"device": device, "precision": precision}, "--device")
+        wanted = evaluation_settings(device, checkpoint.header.progress.precision)
         tokens, train = _find_tokens(checkpoint, data, split)
-    runtime = choose_runtime(wanted, width=config.model.n_embd, rows=16384, world=world)
+    runtime = choose_runtime(wanted, width=config.model.n_embd, rows=EVALUATED_AT_ONCE, world=world)
     model = checkpoint.model(runtime.device)
     score = _score(model, tokens, runtime, str(data or config.data.path))
     characters, n_bytes = text_size(tokens, tokenizer)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from minigpt_cli.commands.console import Debug, check_new_file, note, safe
+from minigpt_cli.commands.options import among
 from minigpt_cli.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +24,10 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            "--to", metavar="hf|gguf|file", help="hf: Hugging Face's transformers; gguf: llama.cpp; file: minigpt."
+            "--to",
+            metavar="hf|gguf|file",
+            autocompletion=among("hf", "gguf", "file"),
+            help="hf: Hugging Face's transformers; gguf: llama.cpp; file: minigpt.",
         ),
     ] = "hf",
     force: Annotated[bool, typer.Option("--force", help="Replace a model that is already there.")] = False,

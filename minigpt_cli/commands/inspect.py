@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minigpt_cli.commands.console import Debug, note, progress_bar, read_prompt, safe, size
+from minigpt_cli.commands.options import CKPT, DEVICE
 from minigpt_cli.core.errors import MinigptError, UserError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ DEFAULT_OUT = Path("report.html")
 
 
 def inspect(
-    ckpt: Annotated[Path, typer.Option("--ckpt", help="A checkpoint: last.safetensors or best.safetensors of a run.")],
+    ckpt: Annotated[Path, CKPT],
     prompt: Annotated[
         str | None,
         typer.Option("--prompt", help="The text to look at. [default: the beginning of the validation text]"),
@@ -39,7 +40,7 @@ def inspect(
         bool,
         typer.Option("--json", help="Print the numbers as one JSON object; a page is then written only with --out."),
     ] = False,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: Annotated[str, DEVICE] = "auto",
     debug: Debug = False,
 ) -> None:
     """See inside a trained model: one self-contained HTML page, for any browser, without a network.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from minigpt_cli.commands import console
+from minigpt_cli.commands.options import among
 
 if TYPE_CHECKING:
     from minigpt_cli.core.corpus import Report
@@ -29,7 +30,9 @@ def prepare(
     tokenizer: Annotated[
         str,
         typer.Option(
-            metavar="char|byte|bpe|FILE.json", help="What a token is; FILE.json is an existing tokenizer.json."
+            metavar="char|byte|bpe|FILE.json",
+            autocompletion=among("char", "byte", "bpe"),
+            help="What a token is; FILE.json is an existing tokenizer.json.",
         ),
     ] = "char",
     vocab_size: Annotated[

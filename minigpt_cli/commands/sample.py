@@ -5,19 +5,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from minigpt_cli.commands.console import Debug, note, read_prompt, safe, stdout
+from minigpt_cli.commands.options import CKPT, DEVICE, PRECISION
 from minigpt_cli.core.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from minigpt_cli.core.tokenizer import Tokenizer
 
 
 def sample(
-    ckpt: Annotated[Path, typer.Option("--ckpt", help="A checkpoint: last.safetensors or best.safetensors of a run.")],
+    ckpt: Annotated[Path, CKPT],
     prompt: Annotated[
         str | None,
         typer.Option("--prompt", help="The text to go on from. [default: an end of text, or token 0; not printed]"),
@@ -53,10 +56,8 @@ def sample(
     raw: Annotated[
         bool, typer.Option("--raw", help="Print control characters as they are, instead of spelled out.")
     ] = False,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    precision: Annotated[
-        str, typer.Option("--precision", help="auto, fp32 or bf16: auto takes the faster, and says so if it is bf16.")
-    ] = "auto",
+    device: Annotated[str, DEVICE] = "auto",
+    precision: Annotated[str, PRECISION] = "auto",
     debug: Debug = False,
 ) -> None:
     """Write text with a trained model.
@@ -69,89 +70,59 @@ def sample(
 
     Example: minigpt sample --ckpt checkpoints/best.safetensors --prompt "ROMEO:" --temperature 0.8
     """
-    _check_arguments(tokens, temperature, top_k, top_p, num_samples, seed, stop, prompt, prompt_file, show_probs)
+    if prompt is not None and prompt_file is not None:
+        raise UserError("--prompt and --prompt-file: choose one")
+    if num_samples < 1:
+        raise UserError(f"--num-samples {num_samples}: at least 1")
+    if show_probs and num_samples > 1:
+        raise UserError("--show-probs shows one sample: leave out --num-samples")
     if prompt_file is not None:
         prompt = read_prompt(prompt_file)
-    import torch
-
     from minigpt_cli.core.checkpoint import load
     from minigpt_cli.core.config import RuntimeConfig, parse_section
-    from minigpt_cli.core.generate import Sampling, for_decoding, generate, read_back
     from minigpt_cli.core.runtime import choose_decoding_runtime
+    from minigpt_cli.core.writer import Writer, checked_sampling
 
+    sampling = checked_sampling(
+        tokens, temperature, top_k, top_p, seed, stop, spell=lambda name: f"--{name.replace('_', '-')}"
+    )
     if show_probs and precision == "auto":
         precision = "fp32"  # whoever reads every number wants exact ones, and reads slowly
     asked = parse_section(RuntimeConfig, {"device": device, "precision": precision}, "sample")
     choose_decoding_runtime(asked, 0)  # a device that is not there is said before a large file is read
     checkpoint = load(ckpt, weights_only=True)
-    tokenizer = checkpoint.tokenizer
-    ids: list[int] = tokenizer.encode(prompt).tolist() if prompt else []
-    window = checkpoint.config.model.block_size
-    if len(ids) > window:
-        note(f"the prompt has {len(ids):,} tokens and the context {window:,}: only its newest {window:,} count")
+    tokenizer, window = checkpoint.tokenizer, checkpoint.config.model.block_size
+    length = len(tokenizer.encode(prompt)) if prompt else 0
+    if length > window:
+        note(f"the prompt has {length:,} tokens and the context {window:,}: only its newest {window:,} count")
     if top_k is not None and top_k > tokenizer.vocab_size:
         note(f"--top-k {top_k} is more than the vocabulary: all {tokenizer.vocab_size} tokens are allowed")
-    model = checkpoint.model()
-    runtime = choose_decoding_runtime(asked, model.parameter_counts()["total"])
-    for line in runtime.notes:
+    writer = Writer(checkpoint, asked)
+    for line in writer.runtime.notes:
         if line.startswith("precision"):
             note(line)
-    model = for_decoding(model.to(runtime.device), runtime)
-    prompt_BP = torch.tensor([ids or [tokenizer.end_of_text or 0]], device=runtime.device).expand(num_samples, -1)
-    generator = torch.Generator(runtime.device)
-    generator.manual_seed(seed) if seed is not None else generator.seed()
-    stream = generate(
-        model, prompt_BP, tokens, Sampling(temperature, top_k, top_p), generator=generator, exact_window=exact_window,
-        record=runtime.record if runtime.records else None, note=note,
-    )  # fmt: skip
+    steps = writer.steps(
+        prompt or "", tokens, sampling, count=num_samples, seed=seed, exact_window=exact_window, note=note
+    )
     try:
         if show_probs:
-            _print_probabilities(stream, tokenizer, prompt or "", stop)
+            _print_probabilities(steps, tokenizer, prompt or "", stop)
         else:
-            _print_texts(read_back(stream, runtime.read_every), tokenizer, prompt or "", stop, raw, num_samples)
+            _print_texts(writer.pieces(steps, num_samples, stop), prompt or "", raw)
     except KeyboardInterrupt:  # what is written is written
         raise typer.Exit(130) from None
 
 
-def _check_arguments(
-    tokens: int, temperature: float, top_k: int | None, top_p: float | None, num_samples: int, seed: int | None,
-    stop: str | None, prompt: str | None, prompt_file: str | None, show_probs: bool,
-) -> None:  # fmt: skip
-    wrong = [
-        (tokens < 1, f"--tokens {tokens}: ask for at least 1"),
-        (not 0 <= temperature < float("inf"), f"--temperature {temperature}: 0 (always the likeliest) or more"),
-        (top_k is not None and top_k < 1, f"--top-k {top_k}: at least 1"),
-        (top_p is not None and not 0 < top_p <= 1, f"--top-p {top_p}: above 0, at most 1"),
-        (num_samples < 1, f"--num-samples {num_samples}: at least 1"),
-        (seed is not None and not 0 <= seed < 1 << 63, f"--seed {seed}: from 0 to 2^63 - 1"),
-        (stop == "", "--stop: the text to stop at is empty"),
-        (prompt is not None and prompt_file is not None, "--prompt and --prompt-file: choose one"),
-        (show_probs and num_samples > 1, "--show-probs shows one sample: leave out --num-samples"),
-    ]
-    for is_wrong, message in wrong:
-        if is_wrong:
-            raise UserError(message)
-
-
-def _print_texts(
-    stream: Iterator[list[int]], tokenizer: Tokenizer, prompt: str, stop: str | None, raw: bool, count: int
-) -> None:
+def _print_texts(pieces: Iterator[list[str]], prompt: str, raw: bool) -> None:
     """The first text as it grows; the others, made beside it, when all are done."""
-    from minigpt_cli.core.detokenize import Detokenizer
-
-    pieces = tokenizer.token_bytes()
-    texts = [Detokenizer(pieces, [stop] if stop else [], tokenizer.end_of_text) for _ in range(count)]
+    others: list[str] = []
     try:
         _write(prompt, raw)
-        for ids in stream:
-            for text, token in zip(texts, ids, strict=True):
-                text.add(token)
-            _write(texts[0].take(), raw)
-            if all(text.ended for text in texts):
-                break
-        _write(texts[0].finish(), raw)
-        for text in texts[1:]:
-            _write(f"\n---\n{prompt}{text.finish()}", raw)
+        for first, *rest in pieces:
+            _write(first, raw)
+            others = [text + piece for text, piece in zip(others or [prompt] * len(rest), rest, strict=True)]
+        for text in others:
+            _write(f"\n---\n{text}", raw)
     finally:
         if sys.stdout.isatty():
             print(flush=True)
@@ -163,7 +134,9 @@ def _write(text: str, raw: bool) -> None:
         sys.stdout.flush()
 
 
-def _print_probabilities(stream: Any, tokenizer: Tokenizer, prompt: str, stop: str | None) -> None:
+def _print_probabilities(
+    steps: Iterator[tuple[Tensor, Tensor]], tokenizer: Tokenizer, prompt: str, stop: str | None
+) -> None:
     """A line a token: itself, the model's probability for it (before temperature and cuts), and the five likeliest."""
     from rich.text import Text
 
@@ -174,7 +147,7 @@ def _print_probabilities(stream: Any, tokenizer: Tokenizer, prompt: str, stop: s
     pieces = [_quoted(piece) if i != end else "<end of text>" for i, piece in enumerate(tokenizer.token_bytes())]
     if prompt:
         console.print(Text(safe(prompt)), soft_wrap=True)
-    for ids_B, logits_BV in stream:
+    for ids_B, logits_BV in steps:
         token, probs_V = int(ids_B), logits_BV[0].softmax(dim=-1)
         likeliest = probs_V.topk(min(5, len(probs_V)))
         chosen = float(probs_V[token])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from minigpt_cli.commands.console import Debug, note, size
+from minigpt_cli.commands.options import CKPT, DEVICE, PRECISION
 from minigpt_cli.core.errors import MinigptError, Stopped, UserError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ CACHE_BYTES = 1 << 30  # that the keys and values of the default number of slots
 
 
 def serve(
-    ckpt: Annotated[Path, typer.Option("--ckpt", help="A checkpoint: last.safetensors or best.safetensors of a run.")],
+    ckpt: Annotated[Path, CKPT],
     host: Annotated[
         str, typer.Option("--host", help="The address to listen at. 0.0.0.0 lets other machines in.")
     ] = "127.0.0.1",
@@ -38,10 +39,8 @@ def serve(
     queue: Annotated[int, typer.Option("--queue", min=0, help="How many more may wait.")] = 128,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="The most that a request may ask for.")] = 4096,
     timeout: Annotated[float, typer.Option("--timeout", min=1, help="Seconds that a request may take.")] = 600,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    precision: Annotated[
-        str, typer.Option("--precision", help="auto, fp32 or bf16: auto takes the faster, and says so if it is bf16.")
-    ] = "auto",
+    device: Annotated[str, DEVICE] = "auto",
+    precision: Annotated[str, PRECISION] = "auto",
     verbose: Annotated[bool, typer.Option("--verbose", help="A line on stderr for each request.")] = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip

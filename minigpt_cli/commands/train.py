@@ -4,35 +4,30 @@ from __future__ import annotations
 
 import shlex
 import sys
-from contextlib import ExitStack, suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from minigpt_cli.commands.console import Debug, duration, note, print_table, safe, size
+from minigpt_cli.commands.options import CONFIG, DEVICE, SETTINGS, among
 from minigpt_cli.core.errors import Stopped, UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from minigpt_cli.core.checkpoint import Checkpoint
-    from minigpt_cli.core.config import Config
-    from minigpt_cli.core.dataset import Dataset
+    from minigpt_cli.core.metrics import Listener
     from minigpt_cli.core.run import RunFolder
     from minigpt_cli.core.runtime import Runtime
+    from minigpt_cli.core.session import Job
     from minigpt_cli.core.world import World
 
 SLOW_HOURS = 1.0  # from here on, say before starting how long it will take
 
 
 def train(
-    config: Annotated[
-        str | None,
-        typer.Option("--config", help="A YAML file, or the name of a shipped config: cpu, modern, gpt, v2, bigram."),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change one setting: section.key=value. Repeatable.", metavar="K=V"),
-    ] = None,
+    config: Annotated[str | None, CONFIG] = None,
+    settings: Annotated[list[str] | None, SETTINGS] = None,
     out: Annotated[
         str | None, typer.Option("--out", help="The run folder. [default: the config's out_dir, checkpoints]")
     ] = None,
@@ -43,10 +38,19 @@ def train(
     allow_data_change: Annotated[
         bool, typer.Option("--allow-data-change", help="Resume although the dataset is another.")
     ] = False,
+    log: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--log",
+            metavar="NAME",
+            autocompletion=among("tensorboard", "wandb"),
+            help="Show the run in tensorboard or wandb too (offline, in OUT/logs). Repeatable.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what it would cost; one real step; write nothing.")
     ] = False,
-    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = None,
+    device: Annotated[str | None, DEVICE] = None,
     debug: Debug = False,
 ) -> None:
     """Train a GPT on a prepared dataset.
@@ -60,207 +64,67 @@ def train(
     """
     if resume and overwrite:
         raise UserError("--resume goes on with a run and --overwrite replaces it: choose one")
+    if config is None and not resume:
+        raise UserError("which config? For example --config cpu (on a CPU) or --config gpt (on a GPU)")
     from minigpt_cli.core.config import parse_override
+    from minigpt_cli.core.session import make_job
     from minigpt_cli.core.world import joined
+    from minigpt_cli.extras.loggers import require
 
+    loggers = list(dict.fromkeys(log or []))
+    require(loggers)
     overrides = [parse_override(text) for text in settings or []]
     overrides += [("out_dir", out)] if out is not None else []
     overrides += [("runtime.device", device)] if device is not None else []
     with joined() as world:
-        with world.together():
-            chosen, dataset, vocab_size = _prepared(config, overrides, resume=resume)
-        with world.together():
-            settings_of_rank = {
-                f"{s}.{k}": v for s, keys in chosen.model_dump(exclude={"out_dir"}).items() for k, v in keys.items()
-            }
-            world.require_same({"the data's fingerprint": dataset.meta.fingerprint, **settings_of_rank})
+        job = make_job(config, overrides, world, note)
         if dry_run:
-            _show_plan(chosen, dataset, vocab_size, world)
+            _show_plan(job)
         else:
-            _run(
-                chosen,
-                dataset,
-                vocab_size,
-                world,
-                resume=resume,
-                overwrite=overwrite,
-                allow_data_change=allow_data_change,
-            )
+            _run(job, loggers, resume=resume, overwrite=overwrite, allow_data_change=allow_data_change)
 
 
-def _prepared(config: str | None, overrides: list[tuple[str, Any]], *, resume: bool) -> tuple[Config, Dataset, int]:
-    """The settings of the run, its data, and the size of the vocabulary."""
-    from minigpt_cli.core.config import load_config
-    from minigpt_cli.core.dataset import Dataset, require_known_tokens, require_window
-    from minigpt_cli.core.tokenizer import from_json
-
-    if config is None and not resume:
-        raise UserError("which config? For example --config cpu (on a CPU) or --config gpt (on a GPU)")
-    chosen = load_config(config, overrides)
-    if config is None:  # resuming: the run knows its own settings
-        chosen = _settings_of_run(Path(chosen.out_dir), [("out_dir", chosen.out_dir), *overrides])
-    dataset = Dataset(chosen.data.path)
-    require_window(dataset.train, chosen.model.block_size)
-    vocab_size = from_json(dataset.meta.tokenizer).vocab_size
-    for split in (dataset.train, dataset.val):
-        require_known_tokens(split, vocab_size, dataset.folder)
-    return _with_horizon(chosen, dataset, vocab_size), dataset, vocab_size
-
-
-def _with_horizon(config: Config, dataset: Dataset, vocab_size: int) -> Config:
-    if config.train.max_iters != "auto":
-        return config
-    import torch
-
-    from minigpt_cli.core.model import GPT
-    from minigpt_cli.core.optim import with_horizon
-
-    with torch.device("meta"):
-        n_parameters = GPT(config.model, vocab_size).parameter_counts()["total"]
-    resolved = with_horizon(config, len(dataset.train), n_parameters)
-    per_step = config.train.batch_size * config.model.block_size
-    note(
-        f"max_iters: {resolved.train.steps:,}, for {n_parameters:,} parameters and {len(dataset.train):,} tokens "
-        f"({resolved.train.steps * per_step / len(dataset.train):.1f} passes over the text)"
-    )
-    return resolved
-
-
-def _settings_of_run(folder: Path, overrides: list[tuple[str, Any]]) -> Config:
-    from minigpt_cli.core.config import load_config
-
-    file = folder / "config.yaml"
-    if not file.is_file():
-        raise UserError(f"{folder}: no run to resume (there is no config.yaml); start one with --config")
-    return load_config(str(file), overrides)
-
-
-def _run(
-    config: Config, dataset: Dataset, vocab_size: int, world: World, *,
-    resume: bool, overwrite: bool, allow_data_change: bool,
-) -> None:  # fmt: skip
+def _run(job: Job, loggers: list[str], *, resume: bool, overwrite: bool, allow_data_change: bool) -> None:
     from minigpt_cli.commands.display import Display
-    from minigpt_cli.core import checkpoint
-    from minigpt_cli.core.files import atomic_write
-    from minigpt_cli.core.metrics import JsonLines, plot_losses, read_metrics
-    from minigpt_cli.core.run import RunFolder, check_resumable, open_run
-    from minigpt_cli.core.shards import open_sharded
+    from minigpt_cli.core.session import run_session
     from minigpt_cli.core.signals import StopSignals
-    from minigpt_cli.core.train import train as run_training
     from minigpt_cli.core.verdict import verdict
 
-    path = Path(config.out_dir)
-    runtime = _choose_runtime(config, None, vocab_size, world)  # before the folder is touched: is there such a device?
-    with StopSignals() as stop, ExitStack() as held:
-        with world.together():
-            if resume and not path.is_dir():
-                raise UserError(f"{path}: no run to resume; run without --resume to start")
-            folder = held.enter_context(open_run(path)) if world.leads else RunFolder(path)
-            saved = _where_to_start(config, folder, world, resume=resume, overwrite=overwrite) if world.leads else None
-        start = world.texts(str(saved.path) if saved else "")[0]
-        with world.together():
-            if start and not world.leads:
-                saved = open_sharded(Path(start), check=False) if Path(start).is_dir() else checkpoint.load(start)
-            changed = (
-                check_resumable(saved, config, dataset, allow_data_change=allow_data_change)
-                if saved is not None
-                else {}
-            )
-        for key, (old, new) in changed.items():
-            note(f"changed since the last session: {key}: {old} -> {new}")
-        evaluated = saved is not None and saved.header.val_loss is not None
-        if saved is not None and saved.header.step >= config.train.steps and evaluated:
-            note(
-                f"{path}: this run is finished (step {saved.header.step:,}); "
-                "to go on give it more steps: --resume --set train.max_iters=N"
-            )
-            return
-        if saved is not None:
-            note(f"resuming {saved.path} at step {saved.header.step:,}")
-            runtime = _choose_runtime(config, saved, vocab_size, world)
-        for line in runtime.notes:
-            note(line)
-        if saved is None:
-            _warn_if_slow(config, dataset, vocab_size, runtime)
-        listeners: list[JsonLines | Display] = []
-        if world.leads:
-            if saved is None:
-                folder.set_aside()
-            with atomic_write(folder.config) as file:
-                file.write(config.to_yaml().encode())
-            if world.launch is not None:
-                folder.launch.write_text(world.launch)
-            metrics = JsonLines(folder.metrics, resume_at=saved.header.step if saved else None, evaluated=evaluated)
-            listeners = [metrics, Display(config, start=saved.header.step if saved else 0)]
-        try:
-            result = run_training(config, dataset, folder, runtime, listeners, resume=saved, stop=stop)
-        finally:
-            for listener in listeners:
-                listener.close()
-            if world.leads:
-                try:
-                    plot_losses(folder.metrics, folder.picture)
-                except Exception as error:  # a picture is worth no run
-                    note(f"{folder.picture}: not drawn: {error}")
-        if result.reason == "stopped":
-            stopped = f"stopped at step {result.progress.step:,}, all saved; go on with:\n  {_resume_command(world)}"
-            raise world.everyones(Stopped(stopped, stop.exit_code))
-        if not world.leads:
-            return
-        for line in verdict(result, read_metrics(folder.metrics), config):
-            print(safe(line))
-        best = shlex.quote(str(result.best or result.last))
-        if config.runtime.checkpoints == "sharded":
-            print(safe(f"Make one file of it: minigpt export --ckpt {best} --to file best.safetensors"))
-        else:
-            print(safe(f"Sample from it: minigpt sample --ckpt {best} --tokens 500"))
+    def listen(folder: RunFolder, saved: Checkpoint | None) -> list[Listener]:
+        display = Display(job.config, start=saved.header.step if saved else 0)
+        return [display, *(_logger(name, folder, job, saved, display.note) for name in loggers)]
+
+    with StopSignals() as stop:
+        result = run_session(
+            job, resume=resume, overwrite=overwrite, allow_data_change=allow_data_change,
+            stop=stop, note=note, begin=lambda runtime: _warn_if_slow(job, runtime), listen=listen,
+        )  # fmt: skip
+    if result.reason == "stopped":
+        stopped = f"stopped at step {result.progress.step:,}, all saved; go on with:\n  {_resume_command(job.world)}"
+        raise job.world.everyones(Stopped(stopped, stop.exit_code))
+    if result.reason == "complete" or not job.world.leads:
+        return
+    for line in verdict(result, result.metrics, job.config):
+        print(safe(line))
+    best = shlex.quote(str(result.best or result.last))
+    if job.config.runtime.checkpoints == "sharded":
+        print(safe(f"Make one file of it: minigpt export --ckpt {best} --to file best.safetensors"))
+    else:
+        print(safe(f"Sample from it: minigpt sample --ckpt {best} --tokens 500"))
 
 
-def _where_to_start(
-    config: Config, folder: RunFolder, world: World, *, resume: bool, overwrite: bool
-) -> Checkpoint | None:
-    """The checkpoint to go on from; None for a new run. Raises UserError where the folder is not free for one."""
-    if world.restarts and folder.launch.exists() and folder.launch.read_text() == (world.launch or ""):
-        resume, overwrite = folder.has_last(), True  # torchrun started this very run before, and a rank died
-    if folder.holds_run() and not (resume or overwrite):
-        raise UserError(
-            f"{folder.path} already holds a run: --resume goes on with it, --overwrite replaces it, "
-            "--out DIR goes elsewhere"
-        )
-    resolved = config.to_yaml().encode()
-    if folder.config.exists() and not folder.holds_run() and folder.config.read_bytes() != resolved:
-        raise UserError(f"{folder.config} is not a run's: it would be replaced; choose another folder with --out")
-    if not resume:
-        return None
-    saved, problems = folder.newest()
-    for problem in problems:
-        note(problem)
-    return saved
+def _logger(name: str, folder: RunFolder, job: Job, saved: Checkpoint | None, note: Callable[[str], None]) -> Listener:
+    from minigpt_cli.extras.loggers import Logger
+
+    header = saved.header if saved is not None else None
+    return Logger(
+        name, folder.metrics, folder.logs, note, config=job.config.model_dump(),
+        resume_at=header.step if header else None, evaluated=header is None or header.val_loss is not None,
+        tokens_seen=header.tokens_seen if header else 0,
+    )  # fmt: skip
 
 
-def _choose_runtime(config: Config, saved: Checkpoint | None, vocab_size: int, world: World) -> Runtime:
-    import torch
-
-    from minigpt_cli.core.model import GPT
-    from minigpt_cli.core.runtime import Workload, choose_runtime
-
-    model, train = config.model, config.train
-    with world.together():
-        pieces = train.pieces(world.size)
-    with torch.device("meta"):
-        gpt = GPT(model, vocab_size)
-    flops = gpt.flops_per_token() * train.batch_size * model.block_size // world.size
-    steps = train.steps - (saved.header.step if saved else 0)
-    workload = Workload(steps, model.n_layer, flops, gpt.parameter_counts()["total"])
-    width, rows = model.n_embd, train.batch_size // (world.size * pieces) * model.block_size
-    if saved is not None and config.runtime.precision == "auto":  # a measured choice could fall otherwise this time
-        as_before = config.runtime.model_copy(update={"precision": saved.header.progress.precision})
-        with suppress(UserError):  # another machine, which cannot do what that one did
-            return choose_runtime(as_before, width=width, rows=rows, workload=workload, world=world)
-    return choose_runtime(config.runtime, width=width, rows=rows, workload=workload, world=world)
-
-
-def _warn_if_slow(config: Config, dataset: Dataset, vocab_size: int, runtime: Runtime) -> None:
+def _warn_if_slow(job: Job, runtime: Runtime) -> None:
     """Before hours begin: measure two steps, say how long it will take, and name the config that takes minutes."""
     from dataclasses import replace
 
@@ -269,13 +133,14 @@ def _warn_if_slow(config: Config, dataset: Dataset, vocab_size: int, runtime: Ru
     from minigpt_cli.core.measure import measure_training
     from minigpt_cli.core.model import GPT
 
+    config = job.config
     tokens = config.train.batch_size * config.model.block_size * config.train.steps
     with torch.device("meta"):
-        flops = GPT(config.model, vocab_size).flops_per_token() * tokens
+        flops = GPT(config.model, job.vocab_size).flops_per_token() * tokens
     if flops < 1e15:  # under an hour on anything
         return
     eager = replace(runtime, compile=False)
-    speed = measure_training(config, dataset.train, vocab_size, eager, steps=1, max_seconds=0)
+    speed = measure_training(config, job.dataset.train, job.vocab_size, eager, steps=1, max_seconds=0)
     hours = speed.step_seconds * config.train.steps / 3600
     if config.train.max_minutes is not None:
         hours = min(hours, config.train.max_minutes / 60)
@@ -292,7 +157,7 @@ def _resume_command(world: World) -> str:
     return shlex.join([*program, *arguments, "--resume"])
 
 
-def _show_plan(config: Config, dataset: Dataset, vocab_size: int, world: World) -> None:
+def _show_plan(job: Job) -> None:
     """--dry-run: what the run will cost, by arithmetic and by one real step. Writes nothing."""
     import torch
 
@@ -301,7 +166,8 @@ def _show_plan(config: Config, dataset: Dataset, vocab_size: int, world: World) 
     from minigpt_cli.core.runtime import describe_device, memory_advice
     from minigpt_cli.core.verdict import dropout_advice
 
-    runtime = _choose_runtime(config, None, vocab_size, world)
+    config, dataset, vocab_size, world = job.config, job.dataset, job.vocab_size, job.world
+    runtime = job.runtime()
     for line in runtime.notes:
         note(line)
     train = config.train

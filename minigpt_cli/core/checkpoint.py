@@ -10,8 +10,8 @@ import hashlib
 import json
 import math
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minigpt_cli import __version__
 from minigpt_cli.core import tokenizer as tokenizers
-from minigpt_cli.core.config import Config, ModelConfig, parse_config
+from minigpt_cli.core.config import Config, parse_config
 from minigpt_cli.core.errors import CheckpointError, MinigptError, UserError
 from minigpt_cli.core.files import MAX_JSON_BYTES, atomic_write, bounded_json, too_much_json
 from minigpt_cli.core.model import GPT
@@ -140,18 +140,33 @@ def load(path: str | Path, *, weights_only: bool = False) -> Checkpoint:
     `weights_only` verifies the optimizer's tensors too, but leaves them in the file. Raises UserError if there is no
     such file, CheckpointError if it is damaged, not ours or made by a newer minigpt. No code from the file can run.
     """
+    known, prefix = peek(path), MODEL if weights_only else ""
+    tensors = {name: tensor.clone() for name, tensor in _verified(known) if name.startswith(prefix)}
+    return replace(known, tensors=tensors)  # clones, out of the map: the file may be replaced
+
+
+def peek(path: str | Path) -> Checkpoint:
+    """What a checkpoint says of itself, cheap whatever its size: no tensor is read. Raises as `load` does."""
     path = Path(path)
     header = read_header(path)
     try:
-        config = parse_config(header.config, str(path))
-        tokenizer = tokenizers.from_json(header.tokenizer)
-        shapes = _model_shapes(config.model, tokenizer.vocab_size, n_tensors=len(header.checksums))
-        tensors = _read_tensors(path, header, shapes, MODEL if weights_only else "")
+        return Checkpoint(
+            path, header, parse_config(header.config, str(path)), tokenizers.from_json(header.tokenizer), {}
+        )
     except UserError as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged: {error}") from None
-    return Checkpoint(path, header, config, tokenizer, tensors)
+
+
+def verify(known: Checkpoint, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+    """Verify every tensor of a file that was peeked at, one after the other; `progress` counts bytes.
+
+    Raises as `load` does, naming the first tensor that is damaged. The file is read through a memory map, whose pages
+    the system takes back when it needs them: the largest tensor must fit, not the file.
+    """
+    done, total = 0, known.path.stat().st_size
+    for _, tensor in _verified(known):
+        done += tensor.nbytes
+        progress(done, total)
 
 
 def read_header(path: Path) -> Header:
@@ -203,35 +218,40 @@ def _what_is_it(path: Path, size: int) -> str:
     return "cut short, or not a safetensors file"
 
 
-def _model_shapes(config: ModelConfig, vocab_size: int, n_tensors: int) -> dict[str, list[int]]:
-    """Name -> shape of the weights that this config must have, without allocating them."""
+def _model_shapes(known: Checkpoint) -> dict[str, list[int]]:
+    """Name -> shape of the weights that its config must have, without allocating them."""
+    config, n_tensors = known.config.model, len(known.header.checksums)
     if config.n_layer > n_tensors:  # so that a lie about depth costs nothing
         raise ValueError(f"its config has {config.n_layer} layers, but there are {n_tensors} tensors")
     with torch.device("meta"):
-        return {name: list(t.shape) for name, t in GPT(config, vocab_size).state_dict().items()}
+        return {name: list(t.shape) for name, t in GPT(config, known.tokenizer.vocab_size).state_dict().items()}
 
 
-def _read_tensors(path: Path, header: Header, shapes: dict[str, list[int]], prefix: str) -> dict[str, Tensor]:
-    """Verify all tensors, first against what the config implies; return those whose names begin with `prefix`."""
-    tensors = {}
-    with safe_open(path, framework="pt") as file:  # checks that the offsets agree with the file's size
-        names = set(file.keys())
-        if names != set(header.checksums) or {n for n in names if n.startswith(MODEL)} != {MODEL + n for n in shapes}:
-            raise ValueError("its tensors are not the ones that its header and its config name")
-        for name in sorted(names):
-            shape, dtype = file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()
-            weight = (
-                name.removeprefix(MODEL) if name.startswith(MODEL) else name.removeprefix(OPTIMIZER).rpartition(".")[0]
-            )
-            allowed = [shapes.get(weight)] + ([] if name.startswith(MODEL) else [[]])  # a step counter is a scalar
-            if shape not in allowed or dtype not in ("F32", "BF16", "F16"):
-                raise ValueError(f"the tensor {name} ({dtype} {shape}) does not fit the config")
-            tensor = file.get_tensor(name)
-            if hashlib.sha256(_raw_bytes(tensor)).hexdigest() != header.checksums[name]:
-                raise ValueError(f"the tensor {name} does not match its checksum")
-            if name.startswith(prefix):
-                tensors[name] = tensor.clone()  # out of the map: the file may be replaced
-    return tensors
+def _verified(known: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """Name and content of every tensor, in the file's memory map, once it fits the config and its checksum."""
+    try:
+        header, shapes = known.header, _model_shapes(known)
+        with safe_open(known.path, framework="pt") as file:  # checks that the offsets agree with the file's size
+            names = set(file.keys())
+            weights = {MODEL + name for name in shapes}
+            if names != set(header.checksums) or {n for n in names if n.startswith(MODEL)} != weights:
+                raise ValueError("its tensors are not the ones that its header and its config name")
+            for name in sorted(names):
+                _require_fit(name, file.get_slice(name), shapes)
+                tensor = file.get_tensor(name)
+                if hashlib.sha256(_raw_bytes(tensor)).hexdigest() != header.checksums[name]:
+                    raise ValueError(f"the tensor {name} does not match its checksum")
+                yield name, tensor
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{known.path}: damaged: {error}") from None
+
+
+def _require_fit(name: str, found: Any, shapes: dict[str, list[int]]) -> None:
+    """ValueError for a tensor of another shape than the config gives it; an optimizer's may also be a scalar."""
+    shape, dtype, of_model = found.get_shape(), found.get_dtype(), name.startswith(MODEL)
+    weight = name.removeprefix(MODEL) if of_model else name.removeprefix(OPTIMIZER).rpartition(".")[0]
+    if shape not in [shapes.get(weight)] + ([] if of_model else [[]]) or dtype not in ("F32", "BF16", "F16"):
+        raise ValueError(f"the tensor {name} ({dtype} {shape}) does not fit the config")
 
 
 def _raw_bytes(tensor: Tensor) -> memoryview:

@@ -13,12 +13,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from minigpt_cli.core.config import RuntimeConfig, parse_section
 from minigpt_cli.core.dataset import Array, Tokens, pieces, require_ids
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.model import GPT
 from minigpt_cli.core.runtime import Runtime
 from minigpt_cli.core.tokenizer import Tokenizer
 
+EVALUATED_AT_ONCE = 16384  # tokens, at most
 MAX_LOGITS = 1 << 26  # elements at once: 256 MB in float32
 MAX_COUNTED = 20_000_000  # tokens that a bigram model is scored on; and counted on, if the vocabulary is large
 
@@ -36,6 +38,12 @@ class Score:
     @property
     def perplexity(self) -> float:
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def evaluation_settings(device: str, trained_in: str) -> RuntimeConfig:
+    """Evaluate in a precision like that of the training, or exactly. UserError for what is no device."""
+    precision = "fp32" if trained_in == "fp32" else "auto"
+    return parse_section(RuntimeConfig, {"device": device, "precision": precision}, "--device")
 
 
 @torch.no_grad()
@@ -86,7 +94,7 @@ def evaluate(
 def _windows(tokens: Tokens, block_size: int, vocab_size: int) -> list[tuple[Array, Array]]:
     """(x, y) pairs of shape (B, T), y one token ahead, that cover every prediction once."""
     full = (len(tokens) - 1) // block_size
-    rows = max(1, min(16384 // block_size, MAX_LOGITS // (block_size * vocab_size)))
+    rows = max(1, min(EVALUATED_AT_ONCE // block_size, MAX_LOGITS // (block_size * vocab_size)))
     pairs = []
     for first in range(0, full, rows):
         begin, end = first * block_size, min(first + rows, full) * block_size

@@ -1,13 +1,13 @@
 """Where numbers go: metrics.jsonl, loss.png, and whoever else listens to a run.
 
-A listener hears of a run through five methods; the trainer does not know who they are.
+A listener hears of a run through six methods; the trainer does not know who they are.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ class Listener:
     def note(self, message: str) -> None:
         """Something that a person should know."""
 
+    def close(self) -> None:
+        """The session is over, however it ended: nothing else will be told."""
+
 
 class JsonLines(Listener):
     """metrics.jsonl: one JSON object a line, flushed as it comes."""
@@ -44,11 +47,7 @@ class JsonLines(Listener):
         `evaluated` says whether that step's evaluation was done; if not, it will be made up for.
         """
         if resume_at is not None:
-            kept = [
-                record
-                for record in read_metrics(path)
-                if record["step"] < resume_at + ("val_loss" not in record or evaluated)
-            ]
+            kept = [record for record in read_metrics(path) if kept_when_resuming(record, resume_at, evaluated)]
             with atomic_write(path) as file:
                 file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
         self._file = path.open("a" if resume_at is not None else "w", encoding="utf-8")
@@ -67,18 +66,25 @@ class JsonLines(Listener):
         self._file.close()
 
 
+def kept_when_resuming(record: Record, resume_at: int, evaluated: bool) -> bool:
+    """Whether a record stands when the run goes on from a checkpoint of that step, and will not come again."""
+    return bool(record["step"] < resume_at + ("val_loss" not in record or evaluated))
+
+
 def read_metrics(path: Path) -> list[Record]:
     """Every whole line of metrics.jsonl that has a step; a line cut short by a power failure is left out."""
-    records = []
-    lines: Iterable[bytes] = path.read_bytes().splitlines() if path.is_file() else ()
+    return list(parse_metrics(path.read_bytes().splitlines())) if path.is_file() else []
+
+
+def parse_metrics(lines: Iterable[bytes]) -> Iterator[Record]:
+    """The records among `lines`; what is none is left out."""
     for line in lines:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-    return records
+            yield record
 
 
 def plot_losses(metrics: Path, picture: Path) -> None:

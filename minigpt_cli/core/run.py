@@ -35,6 +35,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.picture = path / "loss.png"
         self.launch = path / ".launch"  # by which start of torchrun the run was begun
+        self.logs = path / "logs"  # a folder, of those who show the run elsewhere
         self._old, self._returning = path / ".old", path / ".returning"
 
     def snapshot(self, step: int) -> Path:
@@ -73,7 +74,7 @@ class RunFolder:
         They gather in `.returning`, which is renamed when it has them all: killed before, they simply go back.
         """
         self._returning.mkdir(exist_ok=True)
-        for path in (self.config, self.metrics, self.picture, *self._checkpoints()):
+        for path in (self.config, self.metrics, self.picture, self.logs, *self._checkpoints()):
             if path.exists():
                 path.replace(self._returning / path.name)
         self.launch.unlink(missing_ok=True)
@@ -88,7 +89,7 @@ class RunFolder:
             if self.has_last():
                 shutil.rmtree(self._old)
             else:
-                for path in (self.config, self.metrics, self.picture, self.launch, *self._checkpoints()):
+                for path in (self.config, self.metrics, self.picture, self.launch, self.logs, *self._checkpoints()):
                     remove(path)
                 self._old.rename(self._returning)
         if self._returning.is_dir():

@@ -266,6 +266,15 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def system_figures(device: torch.device) -> dict[str, float]:
+    """For a log: the most memory used so far in bytes and, where the driver tells it, how busy the GPU was just now."""
+    figures: dict[str, float] = {"peak_memory_bytes": peak_memory_bytes(device)}
+    if device.type == "cuda":
+        with contextlib.suppress(Exception):  # NVML is not installed, or not for us to ask
+            figures["gpu_use"] = torch.cuda.utilization(device) / 100
+    return figures
+
+
 def peak_flops(device: torch.device) -> float | None:
     """Dense 16-bit FLOP/s by the data sheet, or None where we do not know the device."""
     if device.type != "cuda":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -16,10 +17,12 @@ class StopSignals:
     """`with StopSignals() as stop:` then `stop()` is the signal that asked to stop, or None.
 
     A second Ctrl-C leaves at once with exit code 130; checkpoints are renamed into place, so the last one is intact.
-    A signal that was being ignored when we came (SIGHUP under nohup) stays ignored.
+    Where the process is not ours to end (`leaving` False), it does what it did before we came. A signal that was being
+    ignored when we came (SIGHUP under nohup) stays ignored; in other threads than the main one, Python hears of none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, leaving: bool = True) -> None:
+        self._leaving = leaving
         self._received: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -32,7 +35,7 @@ class StopSignals:
         return 130 if self._received == signal.SIGINT else 143
 
     def __enter__(self) -> StopSignals:
-        for name in STOP_SIGNALS:
+        for name in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
             number = signal.Signals[name]
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._note)
@@ -46,6 +49,9 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._received is not None:
+            if not self._leaving:
+                self._previous[signal.SIGINT](number, frame)
+                return
             if sys.stderr is not None and sys.stderr.isatty():
                 os.write(2, b"\x1b[?25h\n")  # a progress bar may have hidden the cursor
             os._exit(130)

@@ -24,11 +24,11 @@ from minigpt_cli.core.dataset import Batches, Dataset
 from minigpt_cli.core.errors import MinigptError
 from minigpt_cli.core.evaluate import evaluate
 from minigpt_cli.core.generate import Sampling, generate
-from minigpt_cli.core.metrics import Listener
+from minigpt_cli.core.metrics import Listener, Record, read_metrics
 from minigpt_cli.core.model import GPT, initial_weights, lm_loss
 from minigpt_cli.core.optim import WeightAverage, learning_rate_at, make_optimizer, set_learning_rate
 from minigpt_cli.core.run import BackgroundSaver, RunFolder
-from minigpt_cli.core.runtime import DTYPES, Runtime, first_line, memory_advice, seed_everything
+from minigpt_cli.core.runtime import DTYPES, Runtime, first_line, memory_advice, seed_everything, system_figures
 from minigpt_cli.core.sharding import like, replicate, shard, whole, without_exchange
 from minigpt_cli.core.tokenizer import Tokenizer, from_json
 
@@ -160,13 +160,25 @@ def _latch_failure(statistics: Statistics, value: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended. `reason`: finished | patience | time | stopped."""
+    """How a run ended. `reason`: finished | patience | time | stopped | complete (there was nothing left to do)."""
 
     reason: str
     progress: Progress
     epochs: float
     best: Path | None
     last: Path
+
+    @classmethod
+    def of(cls, reason: str, progress: Progress, dataset: Dataset, folder: RunFolder) -> Result:
+        """With what lies in the folder by now."""
+        best = next((path for path in (folder.best, *folder.shards("best")) if path.exists()), None)
+        last = next(iter(folder.shards("last")), folder.last)
+        return cls(reason, progress, progress.tokens_seen / len(dataset.train), best, last)
+
+    @property
+    def metrics(self) -> list[Record]:
+        """What metrics.jsonl holds: a mapping for each logged step, each evaluation and each sample."""
+        return read_metrics(self.last.parent / "metrics.jsonl")
 
 
 def train(
@@ -184,9 +196,7 @@ def train(
             reason = trainer.run()
         finally:
             trainer.saver.close()
-    epochs = trainer.progress.tokens_seen / len(dataset.train)
-    best = next((path for path in (folder.best, *folder.shards("best")) if path.exists()), None)
-    return Result(reason, trainer.progress, epochs, best, next(iter(folder.shards("last")), folder.last))
+    return Result.of(reason, trainer.progress, dataset, folder)
 
 
 class Trainer:
@@ -300,6 +310,7 @@ class Trainer:
             train_loss=loss,
             lr=learning_rate_at(progress.step - 1, train),
             tokens_per_second=tokens / (now - log_from[1]),
+            **system_figures(self.runtime.device),
         )
         return progress.step, now
 
@@ -481,7 +492,9 @@ class Trainer:
         return self.world.everyones(error)
 
     def _record(self, **values: float) -> None:
-        record = {"step": self.progress.step, **values, "seconds": round(self._seconds(), 3)}
+        progress = self.progress
+        seconds = round(self._seconds(), 3)
+        record = {"step": progress.step, "tokens_seen": progress.tokens_seen, **values, "seconds": seconds}
         self._tell(lambda listener: listener.log(record))
 
     def _note(self, message: str) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pty
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -12,10 +17,10 @@ import pytest
 
 from commands.conftest import TINY, call, command, environment, on_a_terminal, run
 from minigpt_cli import __version__
-from minigpt_cli.commands import console
-from minigpt_cli.core import config
+from minigpt_cli.commands import console, options
+from minigpt_cli.core import session
 
-COMMANDS = ["prepare", "train", "sample", "eval", "bench", "inspect", "serve", "export", "import"]
+COMMANDS = ["prepare", "train", "sample", "eval", "bench", "inspect", "info", "serve", "export", "import"]
 HEAVY = {"torch", "numpy", "rich", "pydantic", "yaml", "matplotlib", "tokenizers", "safetensors"}
 
 
@@ -57,7 +62,7 @@ def test_the_version() -> None:
     [
         (["trian"], "No such command 'trian'. Did you mean 'train'?", "minigpt"),
         (["--frobnicate"], "No such option: --frobnicate", "minigpt"),
-        (["train", "--confg", "gpt"], "No such option: --confg (Possible options: --config)", "minigpt train"),
+        (["train", "--confg", "gpt"], "No such option: --confg (Possible options: --config, --log)", "minigpt train"),
         (["sample"], "Missing option '--ckpt'.", "minigpt sample"),
         (["sample", "--ckpt", "x", "--tokens", "many"], "Invalid value for '--tokens'", "minigpt sample"),
         (["bench", "--config", "gpt", "--steps", "0"], "Invalid value for '--steps'", "minigpt bench"),
@@ -71,21 +76,97 @@ def test_arguments_that_cannot_be_read(arguments: list[str], message: str, where
     assert done.err.splitlines()[1:] == [f"Try: {where} --help"]
 
 
-def test_shell_completion() -> None:
-    script = run(_MINIGPT_COMPLETE="source_bash")
-    assert script.code == 0
-    assert "complete -o default -F _minigpt_completion minigpt" in script.out
-    commands = run(_MINIGPT_COMPLETE="complete_bash", COMP_WORDS="minigpt ", COMP_CWORD="1")
-    assert commands.out.split() == COMMANDS
-    options = run(_MINIGPT_COMPLETE="complete_bash", COMP_WORDS="minigpt train --re", COMP_CWORD="2")
-    assert options.out.split() == ["--resume"]
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("minigpt ", COMMANDS),
+        ("minigpt train --re", ["--resume"]),
+        ("minigpt train --config c", ["cpu", "conf/mine.yaml", "conf/yours.yml"]),
+        ("minigpt train --config conf/m", ["conf/mine.yaml"]),
+        ("minigpt bench --config = g", ["gpt"]),
+        ("minigpt train --set train.max_m", ["train.max_minutes=null"]),
+        ("minigpt train --set train.ema", ["train.ema=null"]),
+        ("minigpt train --set runtime.com", ["runtime.compile=auto", "runtime.compile=true", "runtime.compile=false"]),
+        ("minigpt train --set data.", ["data.path=", "data.sampling="]),
+        ("minigpt train --set model.norm =", ["layernorm", "rmsnorm", "none"]),
+        ("minigpt train --set model.mlp = g", ["gelu"]),
+        ("minigpt train --set nonsense = ", []),
+        ("minigpt train --device cu", ["cuda", "cuda:0"]),
+        ("minigpt train --log ", ["tensorboard", "wandb"]),
+        ("minigpt sample --precision f", ["fp32"]),
+        ("minigpt eval --split ", ["val", "train"]),
+        ("minigpt export --to ", ["hf", "gguf", "file"]),
+        ("minigpt prepare x --tokenizer b", ["byte", "bpe"]),
+        ("minigpt sample --ckpt ", []),  # the shell's own: files
+    ],
+)
+def test_what_a_shell_is_offered(
+    words: str, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "conf").mkdir()
+    for name in ("conf/mine.yaml", "conf/yours.yml", "conf/notes.txt"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(options, "_key", "")
+    split = words.split(" ")  # as bash splits it; the cursor is at the end
+    for name, value in (("_MINIGPT_COMPLETE", "complete_bash"), ("COMP_WORDS", "\n".join(split))):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("COMP_CWORD", str(len(split) - 1))
+    done = call()
+    assert (done.code, done.err) == (0, "")
+    assert set(expected) <= set(found := done.out.split())
+    if words.endswith(("--set model.norm =", "--config c")) or expected in (COMMANDS, []):
+        assert found == expected
+
+
+def test_completing_imports_no_torch() -> None:
+    traced = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "minigpt_cli"], capture_output=True, text=True, check=True,
+        env=environment(_MINIGPT_COMPLETE="complete_bash", COMP_WORDS="minigpt train --set tr", COMP_CWORD="3"),
+    )  # fmt: skip
+    assert "train.max_iters=" in traced.stdout
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in traced.stderr.splitlines()}
+    assert "pydantic" in imported
+    assert not imported & {"torch", "numpy", "rich", "matplotlib", "tokenizers"}
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash here")
+def test_a_real_bash_completes_the_line(tmp_path: Path) -> None:
+    """An interactive shell on a terminal of its own, with what --install-completion gave it, and a TAB."""
+    (tmp_path / "minigpt").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m minigpt_cli "$@"\n')
+    (tmp_path / "minigpt").chmod(0o755)
+    at_home = environment(HOME=str(tmp_path), PATH=f"{tmp_path}:{os.environ['PATH']}", TERM="dumb", PS1="$ ")
+    install = ["bash", "-c", "minigpt --install-completion; exit $?"]
+    done = subprocess.run(install, env=at_home, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    leader, follower = pty.openpty()
+    typed = b"minigpt train --config mod\t--set model.norm=r\t --set train.max_mi\t --dry\t\x01echo \n exit\n"
+    with subprocess.Popen(
+        ["bash", "--rcfile", str(tmp_path / ".bashrc"), "-i"], env=at_home, cwd=tmp_path,
+        stdin=follower, stdout=follower, stderr=follower, start_new_session=True,
+    ) as shell:  # fmt: skip
+        os.write(leader, typed)
+        os.close(follower)
+        shown = b""
+        with contextlib.suppress(OSError):
+            while piece := os.read(leader, 4096):
+                shown += piece
+        shell.wait(timeout=60)
+    os.close(leader)
+    answer = shown.replace(b"\r", b"").decode()
+    assert "\nminigpt train --config modern --set model.norm=rmsnorm --set train.max_minutes=null --dry-run" in answer
+
+
+def test_as_a_module_it_has_the_same_name_and_exit_codes() -> None:
+    done = run("sample")
+    assert (done.code, done.err.splitlines()[1]) == (2, "Try: minigpt sample --help")
 
 
 def test_an_internal_error_is_one_line_and_a_traceback_only_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError("first line\n\x1b[2Jsecond line")
 
-    monkeypatch.setattr(config, "load_config", broken)
+    monkeypatch.setattr(session, "load_config", broken)
     done = call("train", "--config", "gpt")
     assert done.code == 1
     assert done.error == (
@@ -114,7 +195,7 @@ def test_what_the_system_may_do_to_us(
     def broken(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(config, "load_config", broken)
+    monkeypatch.setattr(session, "load_config", broken)
     done = call("train", "--config", "gpt")
     assert (done.code, done.out, done.err) == (code, "", message)
 

@@ -136,7 +136,9 @@ def test_setting_aside_and_taking_back_may_be_killed_at_any_point(
     folder, _, _ = run_training("run", small_config(keep=2))
     for name in lost:
         (folder.path / name).unlink()
-    before = {path.name: path.read_bytes() for path in folder.path.iterdir() if path.is_file()}
+    (folder.logs / "tensorboard").mkdir(parents=True)
+    (folder.logs / "tensorboard" / "events").write_bytes(b"old")
+    before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
     real, count = getattr(Path, call), 0
 
     def dies(path: Path, *arguments: object, **keywords: object) -> object:
@@ -150,13 +152,15 @@ def test_setting_aside_and_taking_back_may_be_killed_at_any_point(
     with contextlib.suppress(SystemExit):
         folder.set_aside()
         folder.best.write_bytes(b"of a run that came to nothing")
+        (folder.logs / "wandb").mkdir(parents=True)
+        (folder.logs / "wandb" / "run").write_bytes(b"of a run that came to nothing")
         folder.settle()
     monkeypatch.undo()
     with open_run(folder.path):
         pass
-    after = {path.name: path.read_bytes() for path in folder.path.iterdir() if path.is_file()}
+    after = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
     assert after == before
-    assert not any(path.is_dir() for path in folder.path.iterdir())
+    assert [path for path in folder.path.iterdir() if path.is_dir()] == [folder.logs]
 
 
 def test_numbered_snapshots_alone_are_a_run(run_training: RunTraining) -> None:

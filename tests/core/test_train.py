@@ -35,7 +35,9 @@ def assert_same_tensors(a: Path, b: Path) -> None:
 
 
 def without_time(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in records]
+    return [
+        {k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second", "peak_memory_bytes")} for r in records
+    ]
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -1,0 +1,194 @@
+"""One session of training: settings whose every choice is made, a folder that is ours, then `train`. Knows no terminal.
+
+What the command `minigpt train` and the Python interface have in common.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minigpt_cli.core import checkpoint
+from minigpt_cli.core.checkpoint import Checkpoint
+from minigpt_cli.core.config import Config, load_config
+from minigpt_cli.core.dataset import Dataset, require_known_tokens, require_window
+from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.files import atomic_write
+from minigpt_cli.core.metrics import JsonLines, Listener, plot_losses
+from minigpt_cli.core.model import GPT
+from minigpt_cli.core.optim import with_horizon
+from minigpt_cli.core.run import RunFolder, check_resumable, open_run
+from minigpt_cli.core.runtime import Runtime, Workload, choose_runtime
+from minigpt_cli.core.shards import open_sharded
+from minigpt_cli.core.tokenizer import from_json
+from minigpt_cli.core.train import Result, train
+from minigpt_cli.core.world import World
+
+Note = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train: resolved settings, the data that they name, and who does it."""
+
+    config: Config
+    dataset: Dataset
+    vocab_size: int
+    world: World
+
+    def runtime(self, saved: Checkpoint | None = None) -> Runtime:
+        """The machine's part of it. Raises UserError where the settings ask for what this machine has not."""
+        config, model, train, world = self.config.runtime, self.config.model, self.config.train, self.world
+        with world.together():
+            pieces = train.pieces(world.size)
+        with torch.device("meta"):
+            gpt = GPT(model, self.vocab_size)
+        flops = gpt.flops_per_token() * train.batch_size * model.block_size // world.size
+        steps = train.steps - (saved.header.step if saved else 0)
+        workload = Workload(steps, model.n_layer, flops, gpt.parameter_counts()["total"])
+        width, rows = model.n_embd, train.batch_size // (world.size * pieces) * model.block_size
+        if saved is not None and config.precision == "auto":  # a measured choice could fall otherwise this time
+            as_before = config.model_copy(update={"precision": saved.header.progress.precision})
+            with contextlib.suppress(UserError):  # another machine, which cannot do what that one did
+                return choose_runtime(as_before, width=width, rows=rows, workload=workload, world=world)
+        return choose_runtime(config, width=width, rows=rows, workload=workload, world=world)
+
+
+def make_job(config: str | None, overrides: Sequence[tuple[str, Any]], world: World, note: Note) -> Job:
+    """Settings and data by name. `config` None: those of the run in `out_dir`, which is to be resumed.
+
+    Raises UserError for settings or data that will not do, or are not the same for all ranks; nothing is written.
+    """
+    with world.together():
+        chosen = load_config(config, overrides)
+        if config is None:
+            file = Path(chosen.out_dir, "config.yaml")
+            if not file.is_file():
+                raise UserError(f"{file.parent}: no run to resume (there is no config.yaml); start one with --config")
+            chosen = load_config(str(file), [("out_dir", chosen.out_dir), *overrides])
+        dataset = Dataset(chosen.data.path)
+        require_window(dataset.train, chosen.model.block_size)
+        vocab_size = from_json(dataset.meta.tokenizer).vocab_size
+        for split in (dataset.train, dataset.val):
+            require_known_tokens(split, vocab_size, dataset.folder)
+        chosen = _with_horizon(chosen, dataset, vocab_size, note)
+    with world.together():
+        settings = {
+            f"{s}.{k}": v for s, keys in chosen.model_dump(exclude={"out_dir"}).items() for k, v in keys.items()
+        }
+        world.require_same({"the data's fingerprint": dataset.meta.fingerprint, **settings})
+    return Job(chosen, dataset, vocab_size, world)
+
+
+def run_session(
+    job: Job, *, resume: bool, overwrite: bool, allow_data_change: bool, stop: Callable[[], object], note: Note,
+    begin: Callable[[Runtime], object] = lambda runtime: None,
+    listen: Callable[[RunFolder, Checkpoint | None], Sequence[Listener]],
+) -> Result:  # fmt: skip
+    """Train in the folder that the settings name, and leave there all that a run leaves.
+
+    `begin` is called on every rank before a new run writes anything; `listen` on the one that leads, with the
+    checkpoint to resume, if any: it gives those who hear of the run besides metrics.jsonl. Raises UserError for a
+    folder that will not do.
+    """
+    config, world, path = job.config, job.world, Path(job.config.out_dir)
+    runtime = job.runtime()  # before the folder is touched: there may be no such device
+    with contextlib.ExitStack() as held:
+        with world.together():
+            if resume and not path.is_dir():
+                raise UserError(f"{path}: no run to resume; run without --resume to start")
+            folder = held.enter_context(open_run(path)) if world.leads else RunFolder(path)
+            saved = None
+            if world.leads:
+                saved = _where_to_start(config, folder, world, note, resume=resume, overwrite=overwrite)
+        saved = _same_for_all(job, saved, note, allow_data_change=allow_data_change)
+        evaluated = saved is not None and saved.header.val_loss is not None
+        if saved is not None and saved.header.step >= config.train.steps and evaluated:
+            note(
+                f"{path}: this run is finished (step {saved.header.step:,}); "
+                "to go on give it more steps: --resume --set train.max_iters=N"
+            )
+            return Result.of("complete", saved.header.progress, job.dataset, folder)
+        if saved is not None:
+            note(f"resuming {saved.path} at step {saved.header.step:,}")
+            runtime = job.runtime(saved)
+        for line in runtime.notes:
+            note(line)
+        if saved is None:
+            begin(runtime)
+        listeners: list[Listener] = []
+        try:
+            if world.leads:
+                if saved is None:
+                    folder.set_aside()
+                with atomic_write(folder.config) as file:
+                    file.write(config.to_yaml().encode())
+                if world.launch is not None:
+                    folder.launch.write_text(world.launch)
+                resume_at = saved.header.step if saved is not None else None
+                listeners = [JsonLines(folder.metrics, resume_at=resume_at, evaluated=evaluated)]
+                listeners += listen(folder, saved)
+            return train(config, job.dataset, folder, runtime, listeners, resume=saved, stop=stop)
+        finally:
+            for listener in listeners:
+                listener.close()
+            if world.leads:
+                try:
+                    plot_losses(folder.metrics, folder.picture)
+                except Exception as error:  # a picture is worth no run
+                    note(f"{folder.picture}: not drawn: {error}")
+
+
+def _where_to_start(
+    config: Config, folder: RunFolder, world: World, note: Note, *, resume: bool, overwrite: bool
+) -> Checkpoint | None:
+    """The checkpoint to go on from; None for a new run. Raises UserError where the folder is not free for one."""
+    if world.restarts and folder.launch.exists() and folder.launch.read_text() == (world.launch or ""):
+        resume, overwrite = folder.has_last(), True  # torchrun started this very run before, and a rank died
+    if folder.holds_run() and not (resume or overwrite):
+        raise UserError(
+            f"{folder.path} already holds a run: --resume goes on with it, --overwrite replaces it, "
+            "--out DIR goes elsewhere"
+        )
+    if folder.config.exists() and not folder.holds_run() and folder.config.read_bytes() != config.to_yaml().encode():
+        raise UserError(f"{folder.config} is not a run's: it would be replaced; choose another folder with --out")
+    if not resume:
+        return None
+    saved, problems = folder.newest()
+    for problem in problems:
+        note(problem)
+    return saved
+
+
+def _same_for_all(job: Job, saved: Checkpoint | None, note: Note, *, allow_data_change: bool) -> Checkpoint | None:
+    """On every rank the checkpoint that the one which leads has chosen, once it fits the settings and the data."""
+    start = job.world.texts(str(saved.path) if saved else "")[0]
+    changed: dict[str, tuple[Any, Any]] = {}
+    with job.world.together():
+        if start and not job.world.leads:
+            there = Path(start)
+            saved = open_sharded(there, check=False) if there.is_dir() else checkpoint.load(there)
+        if saved is not None:
+            changed = check_resumable(saved, job.config, job.dataset, allow_data_change=allow_data_change)
+    for key, (old, new) in changed.items():
+        note(f"changed since the last session: {key}: {old} -> {new}")
+    return saved
+
+
+def _with_horizon(config: Config, dataset: Dataset, vocab_size: int, note: Note) -> Config:
+    if config.train.max_iters != "auto":
+        return config
+    with torch.device("meta"):
+        n_parameters = GPT(config.model, vocab_size).parameter_counts()["total"]
+    resolved = with_horizon(config, len(dataset.train), n_parameters)
+    per_step = config.train.batch_size * config.model.block_size
+    note(
+        f"max_iters: {resolved.train.steps:,}, for {n_parameters:,} parameters and {len(dataset.train):,} tokens "
+        f"({resolved.train.steps * per_step / len(dataset.train):.1f} passes over the text)"
+    )
+    return resolved
