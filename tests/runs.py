@@ -63,6 +63,7 @@ MODEL_CHOICES = [
     for table in (OPTIONS, MODERN)
     for values in itertools.product(*table.values())
 ]
+MODEL_CHOICES += [{"vocab_multiple": 8, "tie_weights": tie} for tie in (True, False)]
 
 SMALL: dict[str, dict[str, Any]] = {
     "model": {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "dropout": 0.1},

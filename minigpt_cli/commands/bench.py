@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def bench(
     config: Annotated[
         str,
-        typer.Option("--config", help="A YAML file, or a shipped config: cpu, modern, gpt, v2, bigram."),
+        typer.Option("--config", help="A YAML file, or a shipped config: cpu, modern, gpt, gpt2, ..."),
     ],
     settings: Annotated[
         list[str] | None,

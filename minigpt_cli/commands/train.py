@@ -27,7 +27,7 @@ SLOW_HOURS = 1.0  # from here on, say before starting how long it will take
 def train(
     config: Annotated[
         str | None,
-        typer.Option("--config", help="A YAML file, or the name of a shipped config: cpu, modern, gpt, v2, bigram."),
+        typer.Option("--config", help="A YAML file, or the name of a shipped config: cpu, modern, gpt, gpt2, ..."),
     ] = None,
     settings: Annotated[
         list[str] | None,
