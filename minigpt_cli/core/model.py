@@ -189,7 +189,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (gradient_NV,) = ctx.saved_tensors
-        return gradient_NV * grad, None
+        return gradient_NV.mul_(grad), None  # in place: of all tensors of the step, this is the largest
 
 
 def initial_weights(model: GPT) -> Iterator[tuple[str, Tensor]]:
