@@ -59,7 +59,7 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(one(*arguments.one, arguments.device)))
         return
-    print("| shape | precision | measured | planned | planned / measured | the most at |\n| --- | --- | --- | --- | --- | --- |")
+    print("| shape | precision | measured | planned | planned / measured | the most at |\n" + "| --- " * 6 + "|")
     for name in SHAPES:
         for precision in ("fp32", "bf16"):
             command = [sys.executable, __file__, "--device", arguments.device, "--one", name, precision]

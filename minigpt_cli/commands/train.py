@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minigpt_cli.commands.console import Debug, duration, note, print_table, safe, size
+from minigpt_cli.commands.plan import Asked, plan
 from minigpt_cli.core.errors import Stopped, UserError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from minigpt_cli.core.runtime import Runtime
     from minigpt_cli.core.world import World
 
+PLAN = "Plan before you pay: --dry-run --world-size N"
 SLOW_HOURS = 1.0  # from here on, say before starting how long it will take
 
 
@@ -39,6 +41,14 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in the folder, exactly where it was.")
     ] = False,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--init-from",
+            metavar="CKPT|DIR",
+            help="Start from the weights of a checkpoint, or of a Hugging Face folder; see --config finetune.",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
     allow_data_change: Annotated[
         bool, typer.Option("--allow-data-change", help="Resume although the dataset is another.")
@@ -47,6 +57,28 @@ def train(
         bool, typer.Option("--dry-run", help="Show what it would cost; one real step; write nothing.")
     ] = False,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = None,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, max=1 << 20, help="How many devices.", rich_help_panel=PLAN)
+    ] = None,
+    device_name: Annotated[
+        str, typer.Option(metavar="NAME", help="Which GPU: H100, A100, 4090, ...", rich_help_panel=PLAN)
+    ] = "H100",
+    peak_tflops: Annotated[
+        float | None, typer.Option(metavar="N", min=0.001, help="Its peak, if not known.", rich_help_panel=PLAN)
+    ] = None,
+    utilisation: Annotated[
+        float, typer.Option(metavar="F", min=0.001, max=1, help="The share of it reached.", rich_help_panel=PLAN)
+    ] = 0.4,
+    price: Annotated[
+        float | None, typer.Option(metavar="P", min=0, help="Of one device for an hour.", rich_help_panel=PLAN)
+    ] = None,
+    tokens: Annotated[
+        float | None, typer.Option(metavar="N", min=2, help="Of a corpus not prepared yet.", rich_help_panel=PLAN)
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(metavar="N", min=2, max=1 << 24, help="Likewise.", rich_help_panel=PLAN)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=PLAN)] = False,
     debug: Debug = False,
 ) -> None:
     """Train a GPT on a prepared dataset.
@@ -57,18 +89,29 @@ def train(
     Several devices share each batch: torchrun --standalone --nproc-per-node 2 -m minigpt_cli train --config gpt
 
     Example: minigpt train --config cpu --set train.max_iters=500 --out checkpoints/short
+
+    What it would take on 8 GPUs, at once and without any:
+    minigpt train --config gpt2 --dry-run --world-size 8 --vocab-size 50257 --tokens 9e9 --price 2.50
     """
     if resume and overwrite:
         raise UserError("--resume goes on with a run and --overwrite replaces it: choose one")
+    asked = Asked(world_size or 0, utilisation, price, device_name, peak_tflops, tokens, vocab_size, as_json)
+    if world_size is None and asked != Asked(0, 0.4, None, "H100", None, None, None, False):
+        raise UserError("the options of a plan go with --dry-run --world-size N")
+    if world_size is not None and not dry_run:
+        raise UserError("--world-size plans, and goes with --dry-run; to train on several devices start with torchrun")
     from minigpt_cli.core.config import parse_override
     from minigpt_cli.core.world import joined
 
     overrides = [parse_override(text) for text in settings or []]
     overrides += [("out_dir", out)] if out is not None else []
     overrides += [("runtime.device", device)] if device is not None else []
+    if world_size is not None:
+        plan(_settings(config, overrides, resume=resume), asked)
+        return
     with joined() as world:
         with world.together():
-            chosen, dataset, vocab_size = _prepared(config, overrides, resume=resume)
+            chosen, dataset, vocab_size, start = _prepared(config, overrides, resume=resume, init_from=init_from)
         with world.together():
             settings_of_rank = {
                 f"{s}.{k}": v for s, keys in chosen.model_dump(exclude={"out_dir"}).items() for k, v in keys.items()
@@ -82,29 +125,51 @@ def train(
                 dataset,
                 vocab_size,
                 world,
+                start=start,
                 resume=resume,
                 overwrite=overwrite,
                 allow_data_change=allow_data_change,
             )
 
 
-def _prepared(config: str | None, overrides: list[tuple[str, Any]], *, resume: bool) -> tuple[Config, Dataset, int]:
-    """The settings of the run, its data, and the size of the vocabulary."""
-    from minigpt_cli.core.config import load_config
+def _prepared(
+    config: str | None, overrides: list[tuple[str, Any]], *, resume: bool, init_from: Path | None
+) -> tuple[Config, Dataset, int, Checkpoint | None]:
+    """The settings of the run, its data, the size of the vocabulary, and the weights to start from, if any."""
     from minigpt_cli.core.dataset import Dataset, require_known_tokens, require_window
+    from minigpt_cli.core.start import require_tokenizer_of, starting_point, with_model_of
     from minigpt_cli.core.tokenizer import from_json
 
-    if config is None and not resume:
-        raise UserError("which config? For example --config cpu (on a CPU) or --config gpt (on a GPU)")
-    chosen = load_config(config, overrides)
-    if config is None:  # resuming: the run knows its own settings
-        chosen = _settings_of_run(Path(chosen.out_dir), [("out_dir", chosen.out_dir), *overrides])
+    chosen = _settings(config, overrides, resume=resume)
+    source = None
+    if init_from is not None and resume:  # it goes on from its own checkpoint, as the model that it was begun with
+        of_run = _settings_of_run(Path(chosen.out_dir), [])
+        chosen = with_model_of(chosen, of_run.model, chosen.out_dir)
+    elif init_from is not None:
+        source = _read_weights(init_from)
+        chosen = with_model_of(chosen, source.config.model, str(init_from))
     dataset = Dataset(chosen.data.path)
+    if source is not None:
+        require_tokenizer_of(source, dataset)
     require_window(dataset.train, chosen.model.block_size)
     vocab_size = from_json(dataset.meta.tokenizer).vocab_size
     for split in (dataset.train, dataset.val):
         require_known_tokens(split, vocab_size, dataset.folder)
-    return _with_horizon(chosen, dataset, vocab_size), dataset, vocab_size
+    chosen = _with_horizon(chosen, dataset, vocab_size)
+    return chosen, dataset, vocab_size, starting_point(source, chosen) if source is not None else None
+
+
+def _read_weights(path: Path) -> Checkpoint:
+    """A checkpoint of ours, or what a folder of Hugging Face's holds."""
+    if (path / "best.safetensors").is_file():
+        raise UserError(f"{path}: a run folder; name one of its checkpoints, such as {path / 'best.safetensors'}")
+    if path.is_dir():
+        from minigpt_cli.extras.huggingface import read
+
+        return read(path, note=note)
+    from minigpt_cli.core.checkpoint import load
+
+    return load(path, weights_only=True)
 
 
 def _with_horizon(config: Config, dataset: Dataset, vocab_size: int) -> Config:
@@ -126,6 +191,20 @@ def _with_horizon(config: Config, dataset: Dataset, vocab_size: int) -> Config:
     return resolved
 
 
+def _settings(config: str | None, overrides: list[tuple[str, Any]], *, resume: bool) -> Config:
+    from minigpt_cli.core.config import load_config
+
+    if config is None and not resume:
+        raise UserError(
+            "which config? For example --config cpu (on a CPU), --config gpt (on a GPU), "
+            "--config finetune (with --init-from)"
+        )
+    chosen = load_config(config, overrides)
+    if config is not None:
+        return chosen
+    return _settings_of_run(Path(chosen.out_dir), [("out_dir", chosen.out_dir), *overrides])  # which knows its own
+
+
 def _settings_of_run(folder: Path, overrides: list[tuple[str, Any]]) -> Config:
     from minigpt_cli.core.config import load_config
 
@@ -136,7 +215,7 @@ def _settings_of_run(folder: Path, overrides: list[tuple[str, Any]]) -> Config:
 
 
 def _run(
-    config: Config, dataset: Dataset, vocab_size: int, world: World, *,
+    config: Config, dataset: Dataset, vocab_size: int, world: World, *, start: Checkpoint | None,
     resume: bool, overwrite: bool, allow_data_change: bool,
 ) -> None:  # fmt: skip
     from minigpt_cli.commands.display import Display
@@ -157,10 +236,11 @@ def _run(
                 raise UserError(f"{path}: no run to resume; run without --resume to start")
             folder = held.enter_context(open_run(path)) if world.leads else RunFolder(path)
             saved = _where_to_start(config, folder, world, resume=resume, overwrite=overwrite) if world.leads else None
-        start = world.texts(str(saved.path) if saved else "")[0]
+        going_on = world.texts(str(saved.path) if saved else "")[0]
         with world.together():
-            if start and not world.leads:
-                saved = open_sharded(Path(start), check=False) if Path(start).is_dir() else checkpoint.load(start)
+            if going_on and not world.leads:
+                there = Path(going_on)
+                saved = open_sharded(there, check=False) if there.is_dir() else checkpoint.load(there)
             changed = (
                 check_resumable(saved, config, dataset, allow_data_change=allow_data_change)
                 if saved is not None
@@ -178,6 +258,8 @@ def _run(
         if saved is not None:
             note(f"resuming {saved.path} at step {saved.header.step:,}")
             runtime = _choose_runtime(config, saved, vocab_size, world)
+        elif start is not None:
+            note(f"starting from the weights of {start.path}")
         for line in runtime.notes:
             note(line)
         if saved is None:
@@ -193,7 +275,7 @@ def _run(
             metrics = JsonLines(folder.metrics, resume_at=saved.header.step if saved else None, evaluated=evaluated)
             listeners = [metrics, Display(config, start=saved.header.step if saved else 0)]
         try:
-            result = run_training(config, dataset, folder, runtime, listeners, resume=saved, stop=stop)
+            result = run_training(config, dataset, folder, runtime, listeners, resume=saved or start, stop=stop)
         finally:
             for listener in listeners:
                 listener.close()
@@ -296,9 +378,10 @@ def _show_plan(config: Config, dataset: Dataset, vocab_size: int, world: World) 
     """--dry-run: what the run will cost, by arithmetic and by one real step. Writes nothing."""
     import torch
 
-    from minigpt_cli.core.measure import estimate_memory, measure_training
+    from minigpt_cli.core.measure import measure_training
     from minigpt_cli.core.model import GPT
-    from minigpt_cli.core.runtime import describe_device, memory_advice
+    from minigpt_cli.core.plan import plan_memory, setting_of
+    from minigpt_cli.core.runtime import describe_device
     from minigpt_cli.core.verdict import dropout_advice
 
     runtime = _choose_runtime(config, None, vocab_size, world)
@@ -309,8 +392,7 @@ def _show_plan(config: Config, dataset: Dataset, vocab_size: int, world: World) 
         counts = GPT(config.model, vocab_size).parameter_counts()
     print_table("Parameters", [(name, f"{count:,}") for name, count in counts.items() if count])
     per_step = train.batch_size * config.model.block_size
-    with memory_advice(train, runtime.device, world.size):
-        memory = estimate_memory(config, vocab_size)
+    memory = plan_memory(config, vocab_size, setting_of(runtime), len(dataset.train))
     speed = measure_training(config, dataset.train, vocab_size, runtime, steps=3, max_seconds=2)
     evaluations = train.steps // train.eval_interval + 1
     seconds = speed.step_seconds * (train.steps + evaluations * len(dataset.val) / per_step / 3)  # forward: a third
@@ -322,7 +404,8 @@ def _show_plan(config: Config, dataset: Dataset, vocab_size: int, world: World) 
             ("steps per epoch", f"{len(dataset.train) / per_step:,.1f}"),
             ("steps", f"{train.steps:,}"),
             ("epochs", f"{train.steps * per_step / len(dataset.train):,.1f}"),
-            *((f"memory: {part} (estimated)", size(n_bytes)) for part, n_bytes in memory.items()),
+            *((f"memory: {part} (planned)", size(n_bytes)) for part, n_bytes in memory.parts.items()),
+            ("memory: most at once (planned)", f"{size(memory.peak)}, at {memory.moment}"),
             ("memory: peak in a real step", size(speed.peak_memory_bytes)),
             ("device", describe_device(runtime.device)),
             ("one step", f"{speed.step_seconds * 1e3:,.0f} ms, loss {speed.loss:.3f}"),

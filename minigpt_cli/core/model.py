@@ -139,7 +139,8 @@ class GPT(nn.Module):
         counts = dict.fromkeys([*parts, "padding", "total"], 0)
         for name, p in self.named_parameters():
             part = next(part for part, mark in parts.items() if mark in name)
-            unused = p[self.vocab_size :].numel() if part in ("token embedding", "head") else 0
+            rows = len(p) - self.vocab_size if part in ("token embedding", "head") else 0
+            unused = rows * p.shape[1:].numel()
             counts[part] += p.numel() - unused
             counts["padding"] += unused
             counts["total"] += p.numel() - unused

@@ -86,7 +86,7 @@ class Muon(torch.optim.AdamW):
         torch._foreach_lerp_(momenta, grads, 1 - MUON_MOMENTUM)
         ahead = torch._foreach_lerp(grads, momenta, MUON_MOMENTUM)  # Nesterov's look ahead
         torch._foreach_mul_(params, 1 - rate * group["weight_decay"])
-        for few in _in_batches(params):
+        for few in in_batches(params):
             steps = [whole(ahead[i]) for i in few]
             parts = [part for i, step in zip(few, steps, strict=True) for part in step.split(group["rows"][i])]
             for shape in sorted({tuple(part.shape) for part in parts}):
@@ -99,7 +99,7 @@ class Muon(torch.optim.AdamW):
             p.grad = None
 
 
-def _in_batches(params: list[Tensor]) -> Iterator[list[int]]:
+def in_batches(params: list[Tensor]) -> Iterator[list[int]]:
     """Their numbers, so many together that the matrices are worth a batch and their copies do not fill a device."""
     batch, elements = [0], params[0].numel()
     for i, p in enumerate(params[1:], 1):

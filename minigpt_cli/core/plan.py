@@ -1,7 +1,7 @@
 """What a training run takes, by arithmetic alone: memory per device, operations, time. Allocates nothing.
 
-Memory is counted as the code uses it: what autograd keeps of `layers.py`, `kernels.py` and `lm_loss`, what the update in
-`optim.py` needs, what DDP and FSDP add. `tests/memory.py` sets it beside real steps; docs/scaling.md has the table.
+Memory is counted as the code uses it: what autograd keeps of `layers.py`, `kernels.py` and `lm_loss`, what the update
+in `optim.py` needs, what DDP and FSDP add. `tests/memory.py` sets it beside real steps; docs/scaling.md has the table.
 Not counted: CUDA's own context, workspaces of libraries, fragmentation, and what compiling saves.
 
 Letters: C width, A width of all queries, K of all keys, F of the feed-forward, V rows of the head, T context, R tokens
@@ -16,9 +16,12 @@ from dataclasses import dataclass
 import torch
 
 from minigpt_cli.core.config import Config, ModelConfig
+from minigpt_cli.core.dataset import RESIDENT_BYTES
 from minigpt_cli.core.kernels import ROWS
 from minigpt_cli.core.layers import default_mlp_width
 from minigpt_cli.core.model import GPT, WHOLE_LOGITS
+from minigpt_cli.core.optim import in_batches
+from minigpt_cli.core.runtime import Runtime
 
 FP32 = 4  # bytes
 
@@ -38,9 +41,22 @@ class Setting:
         return FP32 if self.precision == "fp32" else 2
 
     @property
+    def shares(self) -> int:
+        """Into how many slices a weight is cut."""
+        return self.ranks if self.parallel == "fsdp" else 1
+
+    @property
     def stream(self) -> int:
         """Bytes of a number in the residual stream."""
         return 2 if self.precision == "bf16" else FP32
+
+
+def setting_of(runtime: Runtime) -> Setting:
+    """The setting of a run on this machine."""
+    return Setting(
+        "cpu" if runtime.device.type == "cpu" else "cuda", runtime.precision, runtime.world.size, runtime.parallel,
+        runtime.checkpoint_activations,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,13 +68,17 @@ class Memory:
     moment: str
 
 
-def plan_memory(config: Config, vocab_size: int, setting: Setting) -> Memory:
-    """What training takes on each device. A micro batch is `train.micro_batch_size` sequences, or the rank's share."""
+def plan_memory(config: Config, vocab_size: int, setting: Setting, n_tokens: int = 0) -> Memory:
+    """What training takes on each device. A micro batch is `train.micro_batch_size` sequences, or the rank's share.
+
+    `n_tokens` of training text lie on a GPU, too, while they are not too many. Raises UserError where the ranks cannot
+    share the batch.
+    """
     with torch.device("meta"):
         model = GPT(config.model, vocab_size)
     accumulates = config.train.pieces(setting.ranks) > 1
     R = config.train.batch_size // (setting.ranks * config.train.pieces(setting.ranks)) * config.model.block_size
-    s, shares = setting.s, setting.ranks if setting.parallel == "fsdp" else 1
+    s, shares = setting.s, setting.shares
     everything = sum(p.numel() for p in model.parameters())
     hidden = sum(p.numel() for p, _ in model.hidden_matrices()) if config.train.optimizer == "muon" else 0
     head = model.head.weight.numel()
@@ -82,15 +102,16 @@ def plan_memory(config: Config, vocab_size: int, setting: Setting) -> Memory:
     each, ends = _kept_by_block(config.model, setting), _kept_outside(config.model, setting)
     kept = R * (config.model.n_layer * each + ends)
     if setting.recompute:
-        kept = R * (config.model.n_layer * setting.stream * config.model.n_embd + each + ends)
+        kept = R * (max(0, config.model.n_layer - 1) * setting.stream * config.model.n_embd + each + ends)
     logits = R * model.head.out_features * s
-    loss = _loss(R * model.head.out_features, s, padded=model.head.out_features > vocab_size)
-    if config.model.logit_softcap is not None:
-        loss += 2 * logits
+    padded, capped = model.head.out_features > vocab_size, config.model.logit_softcap is not None
+    loss = _loss(R * model.head.out_features, s, padded=padded, capped=capped)
     working = R * _working(config.model, setting)
-    update = _update(model, config) if hidden else 0
+    update = _update(model, setting) if hidden else 0
 
-    base = weights + optimizer + average + (gradients if always_there else 0)
+    text = FP32 * n_tokens if setting.kind == "cuda" and FP32 * n_tokens <= RESIDENT_BYTES else 0
+
+    base = weights + optimizer + average + text + (gradients if always_there else 0)
     forward, after = base + gathered + kept, base + (0 if always_there else gradients)
     cast = s * head if s < FP32 else 0  # the head's gradient, before it is float32
     twice = FP32 * head * (2 * config.model.tie_weights + always_there)  # of head and embedding, and their sum
@@ -105,6 +126,7 @@ def plan_memory(config: Config, vocab_size: int, setting: Setting) -> Memory:
     parts = {
         "weights": weights, "gradients": gradients + unsliced, "optimizer": optimizer, "average": average,
         "gathered": gathered, "activations": kept, "logits and loss": loss, "working memory": working, "update": update,
+        "training text": text,
     }  # fmt: skip
     return Memory({name: n for name, n in parts.items() if n}, moments[moment], moment)
 
@@ -152,12 +174,13 @@ def _kept_outside(config: ModelConfig, setting: Setting) -> int:
     return 2 * 8 + _kept_by_norm(config, setting, config.n_embd) + setting.s * config.n_embd
 
 
-def _loss(n: int, s: int, *, padded: bool) -> int:
+def _loss(n: int, s: int, *, padded: bool, capped: bool) -> int:
     """Bytes that n logits and the way to the loss and back to their gradient take."""
+    logits = s * n * (2 if capped else 1)  # what was bent is kept, too
     if n <= WHOLE_LOGITS:  # in float32: the log-probabilities, and two gradients
-        return s * n + 3 * FP32 * n
-    chunk = 2 * FP32 * WHOLE_LOGITS  # in float32, twice
-    return max(2 * s * n + chunk, 3 * s * n if padded else 0)  # logits, their gradient; once more as wide as the head
+        return logits + 3 * FP32 * n
+    chunk = (3 if s < FP32 else 2) * FP32 * WHOLE_LOGITS  # in float32, its log-probabilities, those of the last one
+    return logits + s * n + max(chunk, s * n if padded or capped else 0)  # the gradient, and once more: unbent, wider
 
 
 def _working(config: ModelConfig, setting: Setting) -> int:
@@ -167,16 +190,44 @@ def _working(config: ModelConfig, setting: Setting) -> int:
     return setting.s * wide * F + 2 * setting.stream * config.n_embd
 
 
-def _update(model: GPT, config: Config) -> int:
-    """What Muon's step needs: gradients and the look ahead once more, and some copies of the most matrices alike."""
-    matrices = model.hidden_matrices()
-    alike: Counter[int] = Counter()
-    for p, rows in matrices:
-        for part in p.split(rows):
-            alike[part.shape[0] * 1_000_000 + part.shape[1]] += part.numel()
-    return 2 * FP32 * sum(p.numel() for p, _ in matrices) + 5 * FP32 * max(alike.values())
+def _update(model: GPT, setting: Setting) -> int:
+    """What Muon's step needs: gradients and the look ahead again, and five times the most matrices that are alike."""
+    matrices, most = model.hidden_matrices(), 0
+    u = 2 if setting.precision == "bf16" else FP32
+    for few in in_batches([p for p, _ in matrices]):
+        alike: Counter[torch.Size] = Counter()
+        for p, rows in (matrices[i] for i in few):
+            alike.update({part.shape: part.numel() for part in p.split(rows)})
+        whole = FP32 * sum(matrices[i][0].numel() for i in few) if setting.shares > 1 else 0
+        most = max(most, 5 * u * max(alike.values()) + whole)
+    return 2 * FP32 * sum(p.numel() for p, _ in matrices) // setting.shares + most
 
 
 def _rate(config: ModelConfig, place: str) -> float:
     own = getattr(config, place)
     return config.dropout if own is None else own
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a run asks of its devices. FLOPs are those of matrix products, as `GPT.flops_per_token` counts them."""
+
+    flops_per_token: int
+    recomputed: int  # FLOPs per token that are done twice, to keep fewer activations
+    tokens: int  # over the whole run
+    tokens_per_second: float
+    seconds: float  # of training steps alone: evaluations and checkpoints come on top
+    device_hours: float
+
+
+def plan_effort(config: Config, vocab_size: int, setting: Setting, flops_per_second: float) -> Effort:
+    """How long it takes where each device does `flops_per_second` (a share of its peak) of useful work."""
+    with torch.device("meta"):
+        model = GPT(config.model, vocab_size)
+    flops = model.flops_per_token()
+    blocks = flops - 3 * 2 * model.head.weight.numel()
+    recomputed = blocks // 3 if setting.recompute else 0  # the forward pass is a third
+    tokens = config.train.steps * config.train.batch_size * config.model.block_size
+    speed = setting.ranks * flops_per_second / (flops + recomputed)
+    seconds = tokens / speed
+    return Effort(flops, recomputed, tokens, speed, seconds, setting.ranks * seconds / 3600)

@@ -230,7 +230,8 @@ class Trainer:
             self.model, self.optimizer, self.scaler, config, runtime, self.statistics, self._note
         )
         self.saver = BackgroundSaver(self._saved)
-        self.saved_at = self.progress.step if resume else -1
+        self.saved_at = self.progress.step or -1
+        self.origin = resume.header.initialised_from if resume else None
         self.started = time.perf_counter() - self.progress.seconds
 
     def run(self) -> str:
@@ -240,6 +241,8 @@ class Trainer:
         if progress.step and progress.step % train.eval_interval == 0 and progress.evaluated_at < progress.step:
             better = self._evaluate()  # the run was stopped between this step and its evaluation
             self._save(last=progress.evaluated_at == progress.step, best=better)
+        if self.origin is not None and progress.val_loss is None:  # fine-tuning: the loss to beat
+            self._save(last=False, best=self._evaluate(scheduled=False))
         while (reason := self._reason_to_end()) is None:
             self._step()
             self.saver.poll()
@@ -358,7 +361,7 @@ class Trainer:
             "tokens_seen": progress.tokens_seen,
             "val_loss": progress.val_loss if progress.evaluated_at == progress.step else None,
             "dataset_fingerprint": self.dataset.meta.fingerprint, "progress": progress.model_copy(),
-            "weights": "trained" if self.average is None else "averaged",
+            "weights": "trained" if self.average is None else "averaged", "initialised_from": self.origin,
         }  # fmt: skip
         if last:
             self.saved_at = progress.step
