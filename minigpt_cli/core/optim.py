@@ -47,6 +47,8 @@ def make_optimizer(model: GPT, config: TrainConfig, dtype: torch.dtype = torch.f
     groups = parameter_groups(model, config)
     for group in groups:  # a tensor, so that a new rate is no new program to compile or capture
         group["lr"] = torch.tensor(group["peak"], device=group["params"][0].device)
+        if "rows" not in group and local(group["params"][0]) is not group["params"][0]:
+            group["lr"] = group["peak"]  # PyTorch would try the fused step of a tensor rate on all slices' wholes first
         group["capturable"] = group["params"][0].is_cuda
     if config.optimizer == "muon":
         return Muon(groups, (config.beta1, config.beta2), dtype)
@@ -161,7 +163,10 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
 def set_learning_rate(optimizer: torch.optim.Optimizer, fraction: float) -> None:
     """Give every group this fraction of its own peak rate."""
     for group in optimizer.param_groups:
-        group["lr"].fill_(group["peak"] * fraction)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(group["peak"] * fraction)
+        else:
+            group["lr"] = group["peak"] * fraction
 
 
 class WeightAverage:
