@@ -161,14 +161,14 @@ def _prepared(
 
 def _read_weights(path: Path) -> Checkpoint:
     """A checkpoint of ours, or what a folder of Hugging Face's holds."""
+    from minigpt_cli.core.checkpoint import SHARDED, load
+
     if (path / "best.safetensors").is_file():
         raise UserError(f"{path}: a run folder; name one of its checkpoints, such as {path / 'best.safetensors'}")
-    if path.is_dir():
+    if path.is_dir() and path.suffix != SHARDED:
         from minigpt_cli.extras.huggingface import read
 
         return read(path, note=note)
-    from minigpt_cli.core.checkpoint import load
-
     return load(path, weights_only=True)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minigpt_cli.core import checkpoint, shards
-from minigpt_cli.core.checkpoint import MODEL, OPTIMIZER, Checkpoint, Progress
+from minigpt_cli.core.checkpoint import MODEL, OPTIMIZER, SHARDED, Checkpoint, Progress
 from minigpt_cli.core.config import Config
 from minigpt_cli.core.dataset import Batches, Dataset
 from minigpt_cli.core.errors import MinigptError
@@ -215,7 +215,7 @@ class Trainer:
         self.statistics = Statistics.zeros(runtime.device)
         moments: Mapping[str, Tensor] = {}
         if resume:
-            moments = self._read_shards(resume.path) if resume.path.is_dir() else resume.part(OPTIMIZER)
+            moments = self._read_shards(resume.path) if resume.path.suffix == SHARDED else resume.part(OPTIMIZER)
         self.average: WeightAverage | None = None  # of the weights, which is what `model` is judged and kept by
         if config.train.ema is not None:
             self.average = WeightAverage(self.model, config.train.ema)
