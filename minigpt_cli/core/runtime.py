@@ -274,8 +274,10 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_of(name: str) -> float | None:
-    """Dense 16-bit FLOP/s of a device by its name, such as `NVIDIA H100 80GB HBM3` or `h100`."""
-    return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS.items() if key.lower() in name.lower()), None)
+    """Dense 16-bit FLOP/s of a device by its name, such as `NVIDIA H100 80GB HBM3`, `h100` or `4090`."""
+    name, known = name.lower(), {key.lower(): tflops * 1e12 for key, tflops in PEAK_TFLOPS.items()}
+    named = [key for key in known if key in name] or [key for key in known if name in key]
+    return known[named[0]] if named else None
 
 
 def describe_device(device: torch.device) -> str:

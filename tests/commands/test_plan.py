@@ -32,7 +32,7 @@ def test_a_plan_in_numbers(tmp_path: Path) -> None:
     assert found["parameters"]["padding"] == 47 * 768
     assert found["parameters_not_embedding"] == 124_439_808 - (50257 + 1024) * 768
     assert found["flops_6n"] == 6 * 124_439_808
-    assert (found["micro_batch_size"], found["accumulation"], found["tokens_per_step"]) == (16, 4, 512 * 1024)
+    assert (found["micro_batch_size"], found["accumulation"], found["tokens_per_step"]) == (8, 8, 512 * 1024)
     assert found["tokens_per_second"] == pytest.approx(8 * 0.5 * 312e12 / found["flops_per_token"])
     assert found["days"] == pytest.approx(19073 * 512 * 1024 / found["tokens_per_second"] / 86400)
     assert found["cost"] == pytest.approx(2.5 * 8 * 24 * found["days"])
@@ -48,7 +48,7 @@ def test_a_plan_in_numbers(tmp_path: Path) -> None:
 def test_a_plan_for_people(tmp_path: Path) -> None:
     done = plan(*CORPUS, "--price", "2.5", *sets(runtime__checkpoint_activations="true"))
     assert done.code == 0, done.err
-    for words in ("124,439,808", "DDP, recomputing", "16 x 1,024 tokens at a time", "1.14 x 6N", "of them twice",
+    for words in ("124,439,808", "DDP, recomputing", "8 x 1,024 tokens at a time", "1.14 x 6N", "of them twice",
                   "1.11 of 9,000,000,000 tokens", "cost", "989 TFLOP/s"):  # fmt: skip
         assert words in done.out
     assert "40 % of the peak is an assumption" in done.err
