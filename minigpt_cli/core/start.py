@@ -58,9 +58,9 @@ def starting_point(source: Checkpoint, config: Config) -> Checkpoint:
         shapes = GPT(config.model, source.tokenizer.vocab_size).state_dict()
     tensors = {}
     for name, target in shapes.items():
-        weight = source.tensors[MODEL + name][: len(target)].float()
-        behind = [0, 0] * (weight.ndim - 1) + [0, len(target) - len(weight)]
-        tensors[MODEL + name] = F.pad(weight, behind)
+        weight = source.tensors[MODEL + name].float()
+        rows = [0, 0] * (weight.ndim - 1) + [0, len(target) - len(weight)]  # to come at the end; to go, if negative
+        tensors[MODEL + name] = F.pad(weight, rows)
     origin = Origin(
         name=source.path.name, step=source.header.step, dataset_fingerprint=source.header.dataset_fingerprint
     )
