@@ -1,4 +1,4 @@
-"""`minigpt train --dry-run --world-size N`: what a run on other machines will take, before anybody pays for them."""
+"""`minigpt train --dry-run`: what a run takes here, or (--world-size N) on machines that nobody has paid for yet."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minigpt_cli.commands.console import note, print_table, safe, size
+from minigpt_cli.commands.console import duration, note, print_table, safe, size
 from minigpt_cli.core.errors import UserError
 
 if TYPE_CHECKING:
     from minigpt_cli.core.config import Config
+    from minigpt_cli.core.dataset import Dataset
     from minigpt_cli.core.plan import Effort, Memory, Setting
+    from minigpt_cli.core.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -160,3 +162,47 @@ def _show(
 def _days(seconds: float) -> str:
     days = seconds / 86400
     return f"{days:,.1f} days" if days >= 2 else f"{seconds / 3600:,.1f} hours"
+
+
+def show_one_step(config: Config, dataset: Dataset, vocab_size: int, runtime: Runtime) -> None:
+    """--dry-run alone: what the run will cost on this machine, by arithmetic and by a real step. Writes nothing."""
+    import torch
+
+    from minigpt_cli.core.measure import measure_training
+    from minigpt_cli.core.model import GPT
+    from minigpt_cli.core.plan import plan_memory, setting_of
+    from minigpt_cli.core.runtime import describe_device
+    from minigpt_cli.core.verdict import dropout_advice
+
+    for line in runtime.notes:
+        note(line)
+    train = config.train
+    with torch.device("meta"):
+        counts = GPT(config.model, vocab_size).parameter_counts()
+    print_table("Parameters", [(name, f"{count:,}") for name, count in counts.items() if count])
+    per_step = train.batch_size * config.model.block_size
+    memory = plan_memory(config, vocab_size, setting_of(runtime), len(dataset.train))
+    speed = measure_training(config, dataset.train, vocab_size, runtime, steps=3, max_seconds=2)
+    evaluations = train.steps // train.eval_interval + 1
+    seconds = speed.step_seconds * (train.steps + evaluations * len(dataset.val) / per_step / 3)  # forward: a third
+    print_table(
+        "This run",
+        [
+            ("training tokens", f"{len(dataset.train):,}"),
+            ("tokens per step", f"{per_step:,}"),
+            ("steps per epoch", f"{len(dataset.train) / per_step:,.1f}"),
+            ("steps", f"{train.steps:,}"),
+            ("epochs", f"{train.steps * per_step / len(dataset.train):,.1f}"),
+            *((f"memory: {part} (planned)", size(n_bytes)) for part, n_bytes in memory.parts.items()),
+            ("memory: most at once (planned)", f"{size(memory.peak)}, at {memory.moment}"),
+            ("memory: peak in a real step", size(speed.peak_memory_bytes)),
+            ("device", describe_device(runtime.device)),
+            ("one step", f"{speed.step_seconds * 1e3:,.0f} ms, loss {speed.loss:.3f}"),
+            ("estimated time", duration(min(seconds, (train.max_minutes or float("inf")) * 60))),
+        ],
+    )
+    if not runtime.world.leads:
+        return
+    if advice := dropout_advice(config, train.steps * per_step / len(dataset.train)):
+        print(safe(advice))
+    print("Nothing was written.")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minigpt_cli.commands.console import Debug, duration, note, print_table, safe, size
-from minigpt_cli.commands.plan import Asked, plan
+from minigpt_cli.commands.console import Debug, note, safe
+from minigpt_cli.commands.plan import Asked, plan, show_one_step
 from minigpt_cli.core.errors import Stopped, UserError
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def train(
             }
             world.require_same({"the data's fingerprint": dataset.meta.fingerprint, **settings_of_rank})
         if dry_run:
-            _show_plan(chosen, dataset, vocab_size, world)
+            show_one_step(chosen, dataset, vocab_size, _choose_runtime(chosen, None, vocab_size, world))
         else:
             _run(
                 chosen,
@@ -372,48 +372,3 @@ def _resume_command(world: World) -> str:
     arguments = [a for a in sys.argv[1:] if a not in ("--overwrite", "--resume")]
     program = ["minigpt"] if world.size == 1 else ["torchrun", "...", "-m", "minigpt_cli"]
     return shlex.join([*program, *arguments, "--resume"])
-
-
-def _show_plan(config: Config, dataset: Dataset, vocab_size: int, world: World) -> None:
-    """--dry-run: what the run will cost, by arithmetic and by one real step. Writes nothing."""
-    import torch
-
-    from minigpt_cli.core.measure import measure_training
-    from minigpt_cli.core.model import GPT
-    from minigpt_cli.core.plan import plan_memory, setting_of
-    from minigpt_cli.core.runtime import describe_device
-    from minigpt_cli.core.verdict import dropout_advice
-
-    runtime = _choose_runtime(config, None, vocab_size, world)
-    for line in runtime.notes:
-        note(line)
-    train = config.train
-    with torch.device("meta"):
-        counts = GPT(config.model, vocab_size).parameter_counts()
-    print_table("Parameters", [(name, f"{count:,}") for name, count in counts.items() if count])
-    per_step = train.batch_size * config.model.block_size
-    memory = plan_memory(config, vocab_size, setting_of(runtime), len(dataset.train))
-    speed = measure_training(config, dataset.train, vocab_size, runtime, steps=3, max_seconds=2)
-    evaluations = train.steps // train.eval_interval + 1
-    seconds = speed.step_seconds * (train.steps + evaluations * len(dataset.val) / per_step / 3)  # forward: a third
-    print_table(
-        "This run",
-        [
-            ("training tokens", f"{len(dataset.train):,}"),
-            ("tokens per step", f"{per_step:,}"),
-            ("steps per epoch", f"{len(dataset.train) / per_step:,.1f}"),
-            ("steps", f"{train.steps:,}"),
-            ("epochs", f"{train.steps * per_step / len(dataset.train):,.1f}"),
-            *((f"memory: {part} (planned)", size(n_bytes)) for part, n_bytes in memory.parts.items()),
-            ("memory: most at once (planned)", f"{size(memory.peak)}, at {memory.moment}"),
-            ("memory: peak in a real step", size(speed.peak_memory_bytes)),
-            ("device", describe_device(runtime.device)),
-            ("one step", f"{speed.step_seconds * 1e3:,.0f} ms, loss {speed.loss:.3f}"),
-            ("estimated time", duration(min(seconds, (train.max_minutes or float("inf")) * 60))),
-        ],
-    )
-    if not world.leads:
-        return
-    if advice := dropout_advice(config, train.steps * per_step / len(dataset.train)):
-        print(safe(advice))
-    print("Nothing was written.")

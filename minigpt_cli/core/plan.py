@@ -113,12 +113,13 @@ def plan_memory(config: Config, vocab_size: int, setting: Setting, n_tokens: int
 
     base = weights + optimizer + average + text + (gradients if always_there else 0)
     forward, after = base + gathered + kept, base + (0 if always_there else gradients)
-    cast = s * head if s < FP32 else 0  # the head's gradient, before it is float32
-    twice = FP32 * head * (2 * config.model.tie_weights + always_there)  # of head and embedding, and their sum
+    grad = (s if setting.parallel == "fsdp" else FP32) * head  # of the head; as a slice's whole in 16 bits
+    cast = s * head if s < FP32 else grad  # the same, before autocast makes it float32
+    twice = grad * (2 * config.model.tie_weights + always_there)  # of head and embedding, and their sum
     moments = {
         "the loss": forward + loss,
-        "backward through the head": forward + logits + max(logits + (cast or FP32 * head), FP32 * head) + unsliced,
-        "backward through the blocks": forward + logits + working + FP32 * head + unsliced,
+        "backward through the head": forward + logits + max(logits + cast, grad) + unsliced,
+        "backward through the blocks": forward + logits + working + grad + unsliced,
         "the end of backward": after + logits + twice + unsliced,
         "the update": after + update,
     }
@@ -135,7 +136,7 @@ def _kept_by_block(config: ModelConfig, setting: Setting) -> int:
     """Bytes per token that one block keeps for its backward pass: every number once, whoever keeps it."""
     s, cpu, half = setting.s, setting.kind == "cpu", setting.s < FP32
     C, H, Hkv = config.n_embd, config.n_head, config.n_kv_head or config.n_head
-    A, K = C, C // H * Hkv
+    A, K = H * config.each_head, Hkv * config.each_head
     F = config.mlp_width or default_mlp_width(config)
     kept = 2 * (_kept_by_norm(config, setting, C) + s * C)  # the norms, and what goes into both first matrices
     if config.qk_norm and config.norm != "none":
