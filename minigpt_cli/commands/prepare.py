@@ -99,9 +99,9 @@ def prepare(
 
         source = sources.fetch_missing(inputs, note=console.note, progress=show)
         report = corpus.prepare(
-            inputs, target, tokenizer=_existing(tokenizer) or tokenizer, vocab_size=vocab_size, val_fraction=val_fraction,
-            text_field=text_field, documents=documents, shard_tokens=shard_tokens, workers=workers,
-            source=source, force=force, progress=show, kept=show_kept,
+            inputs, target, tokenizer=_existing(tokenizer) or tokenizer, vocab_size=vocab_size,
+            val_fraction=val_fraction, text_field=text_field, documents=documents, shard_tokens=shard_tokens,
+            workers=workers, source=source, force=force, progress=show, kept=show_kept,
         )  # fmt: skip
     for line in report.notes:
         console.note(line)

@@ -10,6 +10,7 @@ from minigpt_cli.core.config import Config, ModelConfig, parse_section
 from minigpt_cli.core.dataset import Dataset
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.model import GPT
+from minigpt_cli.core.tokenizer import same_ids
 
 DROPOUTS = ("dropout", "dropout_attn", "dropout_proj", "dropout_mlp")
 FREE = (*DROPOUTS, "block_size", "vocab_multiple")  # what another run of the same weights may choose anew
@@ -42,7 +43,7 @@ def with_model_of(config: Config, source: ModelConfig, where: str) -> Config:
 
 def require_tokenizer_of(source: Checkpoint, dataset: Dataset) -> None:
     """Raises UserError unless the dataset's tokens are those that `source` knows."""
-    if dataset.meta.tokenizer != source.tokenizer.to_json():
+    if not same_ids(dataset.meta.tokenizer, source.tokenizer.to_json()):
         raise UserError(
             f"{dataset.folder} was prepared with another tokenizer than {source.path} has; prepare the text for it: "
             f"minigpt prepare TEXT --out DIR --tokenizer {source.path}"

@@ -112,6 +112,14 @@ def test_tokenizers_that_are_wrong(new: Path, tokenizer: str, words: str) -> Non
     assert not (new / "data" / "other").exists()
 
 
+def test_a_model_that_knows_no_end_of_text_takes_no_documents(new: Path) -> None:
+    (new / "new.jsonl").write_text('{"text": "winter"}\n' * 50)
+    done = call("prepare", "new.jsonl", "--out", "data/other", "--tokenizer", "checkpoints/best.safetensors")
+    assert done.code == 2
+    assert "no token that ends a document" in done.error
+    assert not (new / "data" / "other").exists()
+
+
 def test_characters_that_the_model_does_not_know_are_named(new: Path) -> None:
     (new / "greek.txt").write_text(NEW + "λόγος")
     done = call("prepare", "greek.txt", "--tokenizer", "checkpoints/best.safetensors")
