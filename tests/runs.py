@@ -27,7 +27,8 @@ CPU = Runtime(torch.device("cpu"), "fp32", compile=False)
 def write_dataset(folder: Path, text: str) -> Dataset:
     """A dataset folder made by hand, as the format says: characters, split 90/10."""
     characters = sorted(set(text))
-    ids = np.array([characters.index(c) for c in text], dtype="<u2")
+    place = {character: i for i, character in enumerate(characters)}
+    ids = np.array([place[c] for c in text], dtype="<u2")
     n = int(0.9 * len(ids))
     folder.mkdir(parents=True)
     ids[:n].tofile(folder / "train.bin")
@@ -63,6 +64,7 @@ MODEL_CHOICES = [
     for table in (OPTIONS, MODERN)
     for values in itertools.product(*table.values())
 ]
+MODEL_CHOICES += [{"vocab_multiple": 8, "tie_weights": tie} for tie in (True, False)]
 
 SMALL: dict[str, dict[str, Any]] = {
     "model": {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "dropout": 0.1},

@@ -21,9 +21,9 @@ FLOORS = [
     {"corpus", "model"},
     {"checkpoint", "evaluate", "generate", "optim"},
     {"shards"},
-    {"run", "writer"},
+    {"run", "start", "writer"},
     {"train"},
-    {"measure", "session", "verdict"},
+    {"measure", "plan", "session", "verdict"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 CORE, EXTRAS, COMMANDS = (sorted((PACKAGE / folder).rglob("*.py")) for folder in ("core", "extras", "commands"))

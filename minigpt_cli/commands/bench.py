@@ -34,14 +34,17 @@ def bench(
             help="Compare with naive (the seed's way, from the repository) or hf (transformers' GPT-2). Repeatable.",
         ),
     ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option("--vocab-size", min=2, max=1 << 24, help="Take random tokens of so many kinds.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     device: Annotated[str | None, DEVICE] = None,
     debug: Debug = False,
 ) -> None:
     """Time real training steps (data, forward, backward, clip, optimizer) and decoding.
 
-    Uses the config's dataset where it is prepared, random tokens of 65 kinds where it is not. The median step counts;
-    the first, cold step is given apart. Close other programs: they cost more than you think.
+    Uses the config's dataset where it is prepared, random tokens of 65 kinds (--vocab-size) where it is not. The median
+    step counts; the first, cold step is given apart. Close other programs: they cost more than you think.
 
     With --baseline ours and the other take turns, one training step or one text each, and the medians are compared.
     Within its context only for hf, which goes no further. On a CPU take a small batch: the naive model is slow.
@@ -60,7 +63,9 @@ def bench(
     with joined() as world:
         if names and world.size > 1:
             raise world.everyones(UserError("--baseline compares single processes; leave torchrun out"))
-        result = _measure(chosen, names, world, steps=steps, tokens=tokens, streams=streams, seconds=seconds)
+        result = _measure(
+            chosen, names, world, vocab_size, steps=steps, tokens=tokens, streams=streams, seconds=seconds
+        )
     if not world.leads:
         return
     if as_json:
@@ -70,8 +75,9 @@ def bench(
 
 
 def _measure(
-    chosen: Config, names: list[str], world: World, *, steps: int, tokens: int, streams: int, seconds: float
-) -> dict[str, Any]:
+    chosen: Config, names: list[str], world: World, vocab_size: int | None, *,
+    steps: int, tokens: int, streams: int, seconds: float,
+) -> dict[str, Any]:  # fmt: skip
     from dataclasses import asdict
     from pathlib import Path
 
@@ -87,11 +93,11 @@ def _measure(
     with world.together():
         rows = chosen.train.batch_size // (world.size * chosen.train.pieces(world.size)) * chosen.model.block_size
     runtime = choose_runtime(chosen.runtime, width=chosen.model.n_embd, rows=rows, world=world)
-    if Path(chosen.data.path).is_dir():
+    if vocab_size is None and Path(chosen.data.path).is_dir():
         dataset = Dataset(chosen.data.path)
         data, vocab_size, corpus = dataset.train, from_json(dataset.meta.tokenizer).vocab_size, chosen.data.path
     else:
-        vocab_size, corpus = 65, "random tokens"
+        vocab_size, corpus = vocab_size or 65, "random tokens"
         data = random_tokens(max(1_000_000, 2 * chosen.model.block_size), vocab_size)
     require_window(data, chosen.model.block_size)
     require_known_tokens(data, vocab_size, Path(chosen.data.path))

@@ -14,6 +14,7 @@ from minigpt_cli.commands.options import among
 if TYPE_CHECKING:
     from minigpt_cli.core.corpus import Report
     from minigpt_cli.core.dataset import SplitMeta
+    from minigpt_cli.core.tokenizer import Tokenizer
 
 
 def prepare(
@@ -30,9 +31,9 @@ def prepare(
     tokenizer: Annotated[
         str,
         typer.Option(
-            metavar="char|byte|bpe|FILE.json",
+            metavar="char|byte|bpe|FILE",
             autocompletion=among("char", "byte", "bpe"),
-            help="What a token is; FILE.json is an existing tokenizer.json.",
+            help="What a token is. FILE is a tokenizer.json, a checkpoint or a Hugging Face folder: the same tokens.",
         ),
     ] = "char",
     vocab_size: Annotated[
@@ -82,6 +83,8 @@ def prepare(
     what was done; what comes out is the same.
 
     Example: minigpt prepare "crawl/*.parquet" --out data/crawl --tokenizer bpe --vocab-size 32768 --val-fraction 0.005
+
+    Example, to go on training a model on another text: minigpt prepare new.txt --tokenizer checkpoints/best.safetensors
     """
     from minigpt_cli.core import corpus
     from minigpt_cli.extras import sources
@@ -98,13 +101,28 @@ def prepare(
 
         source = sources.fetch_missing(inputs, note=console.note, progress=show)
         report = corpus.prepare(
-            inputs, target, tokenizer=tokenizer, vocab_size=vocab_size, val_fraction=val_fraction,
-            text_field=text_field, documents=documents, shard_tokens=shard_tokens, workers=workers,
-            source=source, force=force, progress=show, kept=show_kept,
+            inputs, target, tokenizer=_existing(tokenizer) or tokenizer, vocab_size=vocab_size,
+            val_fraction=val_fraction, text_field=text_field, documents=documents, shard_tokens=shard_tokens,
+            workers=workers, source=source, force=force, progress=show, kept=show_kept,
         )  # fmt: skip
     for line in report.notes:
         console.note(line)
-    _show(report, target)
+    _show(report, target, tokenizer)
+
+
+def _existing(name: str) -> Tokenizer | None:
+    """The tokenizer of a checkpoint or of a folder with a model; None where `name` is something else."""
+    path = Path(name)
+    if path.suffix in (".safetensors", ".sharded"):
+        from minigpt_cli.core.checkpoint import read_header
+        from minigpt_cli.core.tokenizer import from_json
+
+        return from_json(read_header(path).tokenizer)
+    if path.is_dir():
+        from minigpt_cli.extras.huggingface import read_tokenizer
+
+        return read_tokenizer(path, console.note)
+    return None
 
 
 def default_out(first: Path) -> Path:
@@ -124,7 +142,7 @@ def _split(meta: SplitMeta) -> str:
     return ", ".join(parts)
 
 
-def _show(report: Report, out: Path) -> None:
+def _show(report: Report, out: Path, tokenizer: str) -> None:
     meta = report.meta
     rows: list[tuple[object, ...]] = [
         ("characters", f"{report.characters:,}"),
@@ -138,4 +156,6 @@ def _show(report: Report, out: Path) -> None:
     ]
     console.print_table(f"{out}: ready", rows)
     option = "" if out == Path("data/input") else f" --set data.path={shlex.quote(str(out))}"
-    print(console.safe(f"Next: minigpt train --config cpu{option}"))
+    of_model = Path(tokenizer).is_dir() or tokenizer.endswith(".safetensors")
+    config = f"finetune --init-from {shlex.quote(tokenizer)}" if of_model else "cpu"
+    print(console.safe(f"Next: minigpt train --config {config}{option}"))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shlex
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minigpt_cli.commands.console import Debug, duration, note, print_table, safe, size
+from minigpt_cli.commands.console import Debug, note, safe
 from minigpt_cli.commands.options import CONFIG, DEVICE, SETTINGS, among
+from minigpt_cli.commands.plan import Asked, plan, show_one_step
 from minigpt_cli.core.errors import Stopped, UserError
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from minigpt_cli.core.session import Job
     from minigpt_cli.core.world import World
 
+PLAN = "Plan before you pay: --dry-run --world-size N"
 SLOW_HOURS = 1.0  # from here on, say before starting how long it will take
 
 
@@ -34,6 +37,14 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in the folder, exactly where it was.")
     ] = False,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--init-from",
+            metavar="CKPT|DIR",
+            help="Start from the weights of a checkpoint, or of a Hugging Face folder; see --config finetune.",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
     allow_data_change: Annotated[
         bool, typer.Option("--allow-data-change", help="Resume although the dataset is another.")
@@ -51,6 +62,28 @@ def train(
         bool, typer.Option("--dry-run", help="Show what it would cost; one real step; write nothing.")
     ] = False,
     device: Annotated[str | None, DEVICE] = None,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, max=1 << 20, help="How many devices.", rich_help_panel=PLAN)
+    ] = None,
+    device_name: Annotated[
+        str, typer.Option(metavar="NAME", help="Which GPU: H100, A100, 4090, ...", rich_help_panel=PLAN)
+    ] = "H100",
+    peak_tflops: Annotated[
+        float | None, typer.Option(metavar="N", min=0.001, help="Its peak, if not known.", rich_help_panel=PLAN)
+    ] = None,
+    utilisation: Annotated[
+        float, typer.Option(metavar="F", min=0.001, max=1, help="The share of it reached.", rich_help_panel=PLAN)
+    ] = 0.4,
+    price: Annotated[
+        float | None, typer.Option(metavar="P", min=0, help="Of one device for an hour.", rich_help_panel=PLAN)
+    ] = None,
+    tokens: Annotated[
+        float | None, typer.Option(metavar="N", min=2, help="Of a corpus not prepared yet.", rich_help_panel=PLAN)
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(metavar="N", min=2, max=1 << 24, help="Likewise.", rich_help_panel=PLAN)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=PLAN)] = False,
     debug: Debug = False,
 ) -> None:
     """Train a GPT on a prepared dataset.
@@ -61,13 +94,24 @@ def train(
     Several devices share each batch: torchrun --standalone --nproc-per-node 2 -m minigpt_cli train --config gpt
 
     Example: minigpt train --config cpu --set train.max_iters=500 --out checkpoints/short
+
+    What it would take on 8 GPUs, at once and without any:
+    minigpt train --config gpt2 --dry-run --world-size 8 --vocab-size 50257 --tokens 9e9 --price 2.50
     """
     if resume and overwrite:
         raise UserError("--resume goes on with a run and --overwrite replaces it: choose one")
     if config is None and not resume:
-        raise UserError("which config? For example --config cpu (on a CPU) or --config gpt (on a GPU)")
+        raise UserError(
+            "which config? For example --config cpu (on a CPU), --config gpt (on a GPU), "
+            "--config finetune (with --init-from)"
+        )
+    asked = Asked(world_size or 0, utilisation, price, device_name, peak_tflops, tokens, vocab_size, as_json)
+    if world_size is None and asked != Asked(0, 0.4, None, "H100", None, None, None, False):
+        raise UserError("the options of a plan go with --dry-run --world-size N")
+    if world_size is not None and not dry_run:
+        raise UserError("--world-size plans, and goes with --dry-run; to train on several devices start with torchrun")
     from minigpt_cli.core.config import parse_override
-    from minigpt_cli.core.session import make_job
+    from minigpt_cli.core.session import make_job, settings_of
     from minigpt_cli.core.world import joined
     from minigpt_cli.extras.loggers import require
 
@@ -76,12 +120,29 @@ def train(
     overrides = [parse_override(text) for text in settings or []]
     overrides += [("out_dir", out)] if out is not None else []
     overrides += [("runtime.device", device)] if device is not None else []
+    if world_size is not None:
+        plan(settings_of(config, overrides), asked)
+        return
     with joined() as world:
-        job = make_job(config, overrides, world, note)
+        weights = (lambda: _read_weights(init_from)) if init_from is not None else None
+        job = make_job(config, overrides, world, note, weights=weights, resume=resume)
         if dry_run:
-            _show_plan(job)
+            show_one_step(job.config, job.dataset, job.vocab_size, job.runtime())
         else:
             _run(job, loggers, resume=resume, overwrite=overwrite, allow_data_change=allow_data_change)
+
+
+def _read_weights(path: Path) -> Checkpoint:
+    """A checkpoint of ours, or what a folder of Hugging Face's holds."""
+    from minigpt_cli.core.checkpoint import SHARDED, load
+
+    if (path / "best.safetensors").is_file():
+        raise UserError(f"{path}: a run folder; name one of its checkpoints, such as {path / 'best.safetensors'}")
+    if path.is_dir() and path.suffix != SHARDED:
+        from minigpt_cli.extras.huggingface import read
+
+        return read(path, note=note)
+    return load(path, weights_only=True)
 
 
 def _run(job: Job, loggers: list[str], *, resume: bool, overwrite: bool, allow_data_change: bool) -> None:
@@ -155,48 +216,3 @@ def _resume_command(world: World) -> str:
     arguments = [a for a in sys.argv[1:] if a not in ("--overwrite", "--resume")]
     program = ["minigpt"] if world.size == 1 else ["torchrun", "...", "-m", "minigpt_cli"]
     return shlex.join([*program, *arguments, "--resume"])
-
-
-def _show_plan(job: Job) -> None:
-    """--dry-run: what the run will cost, by arithmetic and by one real step. Writes nothing."""
-    import torch
-
-    from minigpt_cli.core.measure import estimate_memory, measure_training
-    from minigpt_cli.core.model import GPT
-    from minigpt_cli.core.runtime import describe_device, memory_advice
-    from minigpt_cli.core.verdict import dropout_advice
-
-    config, dataset, vocab_size, world = job.config, job.dataset, job.vocab_size, job.world
-    runtime = job.runtime()
-    for line in runtime.notes:
-        note(line)
-    train = config.train
-    with torch.device("meta"):
-        counts = GPT(config.model, vocab_size).parameter_counts()
-    print_table("Parameters", [(name, f"{count:,}") for name, count in counts.items() if count])
-    per_step = train.batch_size * config.model.block_size
-    with memory_advice(train, runtime.device, world.size):
-        memory = estimate_memory(config, vocab_size)
-    speed = measure_training(config, dataset.train, vocab_size, runtime, steps=3, max_seconds=2)
-    evaluations = train.steps // train.eval_interval + 1
-    seconds = speed.step_seconds * (train.steps + evaluations * len(dataset.val) / per_step / 3)  # forward: a third
-    print_table(
-        "This run",
-        [
-            ("training tokens", f"{len(dataset.train):,}"),
-            ("tokens per step", f"{per_step:,}"),
-            ("steps per epoch", f"{len(dataset.train) / per_step:,.1f}"),
-            ("steps", f"{train.steps:,}"),
-            ("epochs", f"{train.steps * per_step / len(dataset.train):,.1f}"),
-            *((f"memory: {part} (estimated)", size(n_bytes)) for part, n_bytes in memory.items()),
-            ("memory: peak in a real step", size(speed.peak_memory_bytes)),
-            ("device", describe_device(runtime.device)),
-            ("one step", f"{speed.step_seconds * 1e3:,.0f} ms, loss {speed.loss:.3f}"),
-            ("estimated time", duration(min(seconds, (train.max_minutes or float("inf")) * 60))),
-        ],
-    )
-    if not world.leads:
-        return
-    if advice := dropout_advice(config, train.steps * per_step / len(dataset.train)):
-        print(safe(advice))
-    print("Nothing was written.")

@@ -54,6 +54,16 @@ class Progress(BaseModel):
     scaler: dict[str, int | float] = {}  # the state of fp16's loss scaling
 
 
+class Origin(BaseModel):
+    """Which weights a fine-tuned model began with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str  # of the file or folder
+    step: Count
+    dataset_fingerprint: str  # of the data that it was trained on
+
+
 class Header(BaseModel):
     """The JSON document in a checkpoint's metadata: all that is known of the model besides its tensors."""
 
@@ -67,6 +77,7 @@ class Header(BaseModel):
     val_loss: float | None  # at this step, or None if it was not evaluated here
     dataset_fingerprint: str
     weights: Literal["trained", "averaged"] = "trained"  # what `model.*` holds; averaged: by train.ema
+    initialised_from: Origin | None = None
     progress: Progress
     versions: dict[str, str]
     checksums: dict[str, str]  # tensor name -> sha256 of its bytes

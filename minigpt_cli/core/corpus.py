@@ -74,12 +74,13 @@ class Report:
 
 def prepare(
     inputs: Sequence[Path], out: Path, *,
-    tokenizer: str = "char", vocab_size: int | None = None, val_fraction: float = 0.1, text_field: str = "text",
-    documents: bool = False, shard_tokens: int | None = None, workers: int | None = None,
+    tokenizer: str | Tokenizer = "char", vocab_size: int | None = None, val_fraction: float = 0.1,
+    text_field: str = "text", documents: bool = False, shard_tokens: int | None = None, workers: int | None = None,
     source: str | None = None, force: bool = False, progress: Progress = lambda stage, done, total: None,
     kept: Callable[[Path], object] = lambda folder: None,
 ) -> Report:  # fmt: skip
-    """Make the dataset folder `out` from files, folders and globs. `tokenizer`: char, byte, bpe or a file's path.
+    """Make the dataset folder `out` from files, folders and globs. `tokenizer`: char, byte, bpe, a file's path, or
+    that of a model, to which nothing can be added.
 
     .jsonl and .parquet files hold documents; `documents` says that each text file is one, too. The folder appears whole
     or not at all, and an old one is replaced (`force`) only by a whole new one. What an earlier call with the same
@@ -188,9 +189,10 @@ class _Corpus(Protocol):
 class _TokenizerChoice:
     """What makes the tokenizer once the input is known. UserError for a wrong choice, before any work is done."""
 
-    def __init__(self, name: str, vocab_size: int | None) -> None:
-        self.name, self.vocab_size = name, vocab_size
-        self.existing: Tokenizer | None = None
+    def __init__(self, choice: str | Tokenizer, vocab_size: int | None) -> None:
+        self.name = name = choice if isinstance(choice, str) else "a model's"
+        self.vocab_size = vocab_size
+        self.existing = choice if isinstance(choice, Tokenizer) else None
         if vocab_size is not None and name != "bpe":
             raise UserError(
                 "--vocab-size goes with --tokenizer bpe only; the other tokenizers have a size of their own"
@@ -200,7 +202,7 @@ class _TokenizerChoice:
                 f"--vocab-size must lie between 257 (the 256 bytes and one pair) and {bpe.MAX_VOCAB:,}, "
                 f"not {vocab_size}"
             )
-        if name in ("char", "byte", "bpe"):
+        if self.existing or name in ("char", "byte", "bpe"):
             return
         if not name.endswith(".json") and not os.path.exists(name):
             raise UserError(f"--tokenizer {name}: choose char, byte, bpe, or the path of a tokenizer.json")
@@ -220,7 +222,13 @@ class _TokenizerChoice:
         elif self.name == "bpe":
             tok = self._learned(corpus, documents, progress, notes)
         assert tok is not None
-        return with_end_of_text(tok) if documents else tok
+        ended = with_end_of_text(tok) if documents else tok
+        if self.name == "a model's" and ended.vocab_size > tok.vocab_size:
+            raise UserError(
+                "the model's tokenizer has no token that ends a document, and a model cannot get one afterwards; give "
+                "it the text as plain text files"
+            )
+        return ended
 
     def _learned(self, corpus: _Corpus, documents: bool, progress: Progress, notes: list[str]) -> Tokenizer:
         vocab_size = max(257, (self.vocab_size or DEFAULT_BPE_VOCAB) - documents)  # the end of text is one of them

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # torch is imported where batches become tensors: `prepare` s
 
 FORMAT_VERSION = 2  # 1 knows neither documents nor shards, and is written where there are none
 
+RESIDENT_BYTES = 4 << 30  # up to here a split of 4 bytes a token lies on the device
 PIECE = 1 << 24  # tokens read at a time where all are read
 SCANNED = 1 << 28  # tokens that are all looked at before a run begins: half a second, from a fast disk
 
@@ -261,7 +262,7 @@ class Batches:
     def __init__(
         self, tokens: Tokens, block_size: int, batch_size: int, *,
         seed: int, sampling: str, device: torch.device, rows: slice = slice(None), vocab_size: int = 1 << 32,
-        resident_bytes: int = 4 << 30, ahead_bytes: int = 1 << 28,
+        resident_bytes: int = RESIDENT_BYTES, ahead_bytes: int = 1 << 28,
     ) -> None:  # fmt: skip
         require_window(tokens, block_size)
         self.n_tokens, self.block_size, self.batch_size = len(tokens), block_size, batch_size

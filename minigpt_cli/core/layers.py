@@ -250,7 +250,8 @@ def norm_eps(config: ModelConfig) -> float:
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """What matrix products with this weight are computed in: autocast's choice where it is on."""
     kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    autocast = not weight.is_meta and torch.is_autocast_enabled(kind)  # on meta tensors there is no such thing
+    return torch.get_autocast_dtype(kind) if autocast else weight.dtype
 
 
 def _or_default(own: float | None, config: ModelConfig) -> float:

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from minigpt_cli.core.config import Config
 from minigpt_cli.core.dataset import Batches, Tokens
 from minigpt_cli.core.generate import Sampling, for_decoding, generate, read_back
-from minigpt_cli.core.model import GPT, lm_loss
+from minigpt_cli.core.model import GPT
 from minigpt_cli.core.optim import make_optimizer
 from minigpt_cli.core.runtime import Runtime, memory_advice, peak_flops, peak_memory_bytes
 from minigpt_cli.core.train import Statistics, TrainStep, make_model
@@ -96,35 +95,3 @@ def random_tokens(n: int, vocab_size: int) -> Tokens:
     return (
         np.random.default_rng(0).integers(0, vocab_size, size=n).astype(np.uint16 if vocab_size <= 65536 else np.uint32)
     )
-
-
-def estimate_memory(config: Config, vocab_size: int) -> dict[str, int]:
-    """Bytes that training needs, by part: weights, gradients, Adam's two moments, activations of one micro batch.
-
-    Activations are what autograd saves for the backward pass, counted on real passes of one and of two rows and drawn
-    out in a straight line to the whole micro batch; what kernels need besides is not in it.
-    """
-    model = GPT(config.model, vocab_size)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    one, two = (_saved_bytes(model, torch.zeros(rows, config.model.block_size, dtype=torch.long)) for rows in (1, 2))
-    rows = config.train.batch_size // config.train.accumulation
-    return {
-        "weights": weights, "gradients": weights, "optimizer": 2 * weights,
-        "activations": max(0, one + (two - one) * (rows - 1)),
-    }  # fmt: skip
-
-
-def _saved_bytes(model: GPT, idx_BT: Tensor) -> int:
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved: dict[int, int] = {}
-    alive: list[Tensor] = []  # so that no storage is freed and its address used again
-
-    def note(tensor: Tensor) -> Tensor:
-        if (storage := tensor.untyped_storage()).data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        lm_loss(model(idx_BT), idx_BT)
-    return sum(saved.values())

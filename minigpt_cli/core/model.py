@@ -57,7 +57,8 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
-        self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
+        rows = -(-vocab_size // config.vocab_multiple) * config.vocab_multiple  # GPUs multiply round sizes faster
+        self.token_embedding = nn.Embedding(rows, config.n_embd)
         self.position_embedding = (
             nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         )
@@ -66,7 +67,7 @@ class GPT(nn.Module):
         self.slides = config.position == "rope"  # only distances count: the window may move on token by token
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config, config.n_embd)
-        self.head = nn.Linear(config.n_embd, vocab_size, bias=config.bias_head)
+        self.head = nn.Linear(config.n_embd, rows, bias=config.bias_head)
         if config.tie_weights:
             self.head.weight = self.token_embedding.weight
         if config.init == "gpt2":
@@ -109,6 +110,8 @@ class GPT(nn.Module):
         if cache is not None and isinstance(start, int):
             cache.length = start + T
         logits_BTV = self.head(self.norm(x_BTC))
+        if self.token_embedding.num_embeddings > self.vocab_size:  # what pads the vocabulary is seen by nobody
+            logits_BTV = logits_BTV[..., : self.vocab_size]
         if self.config.logit_softcap is not None:  # Gemma 2, arXiv:2408.00118
             logits_BTV = self.config.logit_softcap * torch.tanh(logits_BTV / self.config.logit_softcap)
         return logits_BTV
@@ -125,15 +128,23 @@ class GPT(nn.Module):
         return [(block.attn, block.mlp) for block in self.modules() if isinstance(block, Block)]
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters by part, and their `total`. A tied head counts once, with the embedding."""
+        """Parameters by part, and their `total`. A tied head counts once, with the embedding.
+
+        `padding`, the rows of embedding and head that no token has (`vocab_multiple`), stands apart from the total.
+        """
         parts = {
             "token embedding": "token_embedding.", "position embedding": "position_embedding.", "attention": ".attn.",
             "feed-forward": ".mlp.", "norms": "norm", "head": "head.",
         }  # fmt: skip
-        counts = {
-            part: sum(p.numel() for name, p in self.named_parameters() if mark in name) for part, mark in parts.items()
-        }
-        return counts | {"total": sum(p.numel() for p in self.parameters())}
+        counts = dict.fromkeys([*parts, "padding", "total"], 0)
+        for name, p in self.named_parameters():
+            part = next(part for part, mark in parts.items() if mark in name)
+            rows = len(p) - self.vocab_size if part in ("token embedding", "head") else 0
+            unused = rows * p.shape[1:].numel()
+            counts[part] += p.numel() - unused
+            counts["padding"] += unused
+            counts["total"] += p.numel() - unused
+        return counts
 
     def flops_per_token(self) -> int:
         """Floating-point operations of one training step per token: 3 x forward, matrix products only.
@@ -179,7 +190,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (gradient_NV,) = ctx.saved_tensors
-        return gradient_NV * grad, None
+        return gradient_NV.mul_(grad), None  # in place: of all tensors of the step, this is the largest
 
 
 def initial_weights(model: GPT) -> Iterator[tuple[str, Tensor]]:

@@ -47,6 +47,8 @@ def make_optimizer(model: GPT, config: TrainConfig, dtype: torch.dtype = torch.f
     groups = parameter_groups(model, config)
     for group in groups:  # a tensor, so that a new rate is no new program to compile or capture
         group["lr"] = torch.tensor(group["peak"], device=group["params"][0].device)
+        if "rows" not in group and local(group["params"][0]) is not group["params"][0]:
+            group["lr"] = group["peak"]  # PyTorch would try the fused step of a tensor rate on all slices' wholes first
         group["capturable"] = group["params"][0].is_cuda
     if config.optimizer == "muon":
         return Muon(groups, (config.beta1, config.beta2), dtype)
@@ -86,7 +88,7 @@ class Muon(torch.optim.AdamW):
         torch._foreach_lerp_(momenta, grads, 1 - MUON_MOMENTUM)
         ahead = torch._foreach_lerp(grads, momenta, MUON_MOMENTUM)  # Nesterov's look ahead
         torch._foreach_mul_(params, 1 - rate * group["weight_decay"])
-        for few in _in_batches(params):
+        for few in in_batches(params):
             steps = [whole(ahead[i]) for i in few]
             parts = [part for i, step in zip(few, steps, strict=True) for part in step.split(group["rows"][i])]
             for shape in sorted({tuple(part.shape) for part in parts}):
@@ -99,7 +101,7 @@ class Muon(torch.optim.AdamW):
             p.grad = None
 
 
-def _in_batches(params: list[Tensor]) -> Iterator[list[int]]:
+def in_batches(params: list[Tensor]) -> Iterator[list[int]]:
     """Their numbers, so many together that the matrices are worth a batch and their copies do not fill a device."""
     batch, elements = [0], params[0].numel()
     for i, p in enumerate(params[1:], 1):
@@ -161,7 +163,10 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
 def set_learning_rate(optimizer: torch.optim.Optimizer, fraction: float) -> None:
     """Give every group this fraction of its own peak rate."""
     for group in optimizer.param_groups:
-        group["lr"].fill_(group["peak"] * fraction)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(group["peak"] * fraction)
+        else:
+            group["lr"] = group["peak"] * fraction
 
 
 class WeightAverage:

@@ -279,8 +279,14 @@ def peak_flops(device: torch.device) -> float | None:
     """Dense 16-bit FLOP/s by the data sheet, or None where we do not know the device."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS.items() if key in name), None)
+    return peak_of(torch.cuda.get_device_name(device))
+
+
+def peak_of(name: str) -> float | None:
+    """Dense 16-bit FLOP/s of a device by its name, such as `NVIDIA H100 80GB HBM3`, `h100` or `4090`."""
+    name, known = name.lower(), {key.lower(): tflops * 1e12 for key, tflops in PEAK_TFLOPS.items()}
+    named = [key for key in known if key in name] or [key for key in known if name in key]
+    return known[named[0]] if named else None
 
 
 def describe_device(device: torch.device) -> str:

@@ -25,6 +25,7 @@ from minigpt_cli.core.optim import with_horizon
 from minigpt_cli.core.run import RunFolder, check_resumable, open_run
 from minigpt_cli.core.runtime import Runtime, Workload, choose_runtime
 from minigpt_cli.core.shards import open_sharded
+from minigpt_cli.core.start import require_tokenizer_of, starting_point, with_model_of
 from minigpt_cli.core.tokenizer import from_json
 from minigpt_cli.core.train import Result, train
 from minigpt_cli.core.world import World
@@ -40,6 +41,7 @@ class Job:
     dataset: Dataset
     vocab_size: int
     world: World
+    start: Checkpoint | None = None  # the weights that a new run begins with; drawn if None
 
     def runtime(self, saved: Checkpoint | None = None) -> Runtime:
         """The machine's part of it. Raises UserError where the settings ask for what this machine has not."""
@@ -59,19 +61,36 @@ class Job:
         return choose_runtime(config, width=width, rows=rows, workload=workload, world=world)
 
 
-def make_job(config: str | None, overrides: Sequence[tuple[str, Any]], world: World, note: Note) -> Job:
+def settings_of(config: str | None, overrides: Sequence[tuple[str, Any]]) -> Config:
+    """The settings by name. `config` None: those of the run in `out_dir`. Raises UserError."""
+    chosen = load_config(config, overrides)
+    if config is not None:
+        return chosen
+    file = Path(chosen.out_dir, "config.yaml")
+    if not file.is_file():
+        raise UserError(f"{file.parent}: no run to resume (there is no config.yaml); start one with --config")
+    return load_config(str(file), [("out_dir", chosen.out_dir), *overrides])
+
+
+def make_job(
+    config: str | None, overrides: Sequence[tuple[str, Any]], world: World, note: Note, *,
+    weights: Callable[[], Checkpoint] | None = None, resume: bool = False,
+) -> Job:  # fmt: skip
     """Settings and data by name. `config` None: those of the run in `out_dir`, which is to be resumed.
 
-    Raises UserError for settings or data that will not do, or are not the same for all ranks; nothing is written.
+    `weights` reads what a new run begins with, which brings its own model; a run that is resumed has its own. Raises
+    UserError for settings or data that will not do, or are not the same for all ranks; nothing is written.
     """
     with world.together():
-        chosen = load_config(config, overrides)
-        if config is None:
-            file = Path(chosen.out_dir, "config.yaml")
-            if not file.is_file():
-                raise UserError(f"{file.parent}: no run to resume (there is no config.yaml); start one with --config")
-            chosen = load_config(str(file), [("out_dir", chosen.out_dir), *overrides])
+        chosen, source = settings_of(config, overrides), None
+        if weights is not None and resume:
+            chosen = with_model_of(chosen, settings_of(None, [("out_dir", chosen.out_dir)]).model, chosen.out_dir)
+        elif weights is not None:
+            source = weights()
+            chosen = with_model_of(chosen, source.config.model, str(source.path))
         dataset = Dataset(chosen.data.path)
+        if source is not None:
+            require_tokenizer_of(source, dataset)
         require_window(dataset.train, chosen.model.block_size)
         vocab_size = from_json(dataset.meta.tokenizer).vocab_size
         for split in (dataset.train, dataset.val):
@@ -82,7 +101,8 @@ def make_job(config: str | None, overrides: Sequence[tuple[str, Any]], world: Wo
             f"{s}.{k}": v for s, keys in chosen.model_dump(exclude={"out_dir"}).items() for k, v in keys.items()
         }
         world.require_same({"the data's fingerprint": dataset.meta.fingerprint, **settings})
-    return Job(chosen, dataset, vocab_size, world)
+    start = starting_point(source, chosen) if source is not None else None
+    return Job(chosen, dataset, vocab_size, world, start)
 
 
 def run_session(
@@ -117,6 +137,8 @@ def run_session(
         if saved is not None:
             note(f"resuming {saved.path} at step {saved.header.step:,}")
             runtime = job.runtime(saved)
+        elif job.start is not None:
+            note(f"starting from the weights of {job.start.path}")
         for line in runtime.notes:
             note(line)
         if saved is None:
@@ -133,7 +155,7 @@ def run_session(
                 resume_at = saved.header.step if saved is not None else None
                 listeners = [JsonLines(folder.metrics, resume_at=resume_at, evaluated=evaluated)]
                 listeners += listen(folder, saved)
-            return train(config, job.dataset, folder, runtime, listeners, resume=saved, stop=stop)
+            return train(config, job.dataset, folder, runtime, listeners, resume=saved or job.start, stop=stop)
         finally:
             for listener in listeners:
                 listener.close()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minigpt_cli.core import checkpoint, shards
-from minigpt_cli.core.checkpoint import MODEL, OPTIMIZER, Checkpoint, Progress
+from minigpt_cli.core.checkpoint import MODEL, OPTIMIZER, SHARDED, Checkpoint, Progress
 from minigpt_cli.core.config import Config
 from minigpt_cli.core.dataset import Batches, Dataset
 from minigpt_cli.core.errors import MinigptError
@@ -225,7 +225,7 @@ class Trainer:
         self.statistics = Statistics.zeros(runtime.device)
         moments: Mapping[str, Tensor] = {}
         if resume:
-            moments = self._read_shards(resume.path) if resume.path.is_dir() else resume.part(OPTIMIZER)
+            moments = self._read_shards(resume.path) if resume.path.suffix == SHARDED else resume.part(OPTIMIZER)
         self.average: WeightAverage | None = None  # of the weights, which is what `model` is judged and kept by
         if config.train.ema is not None:
             self.average = WeightAverage(self.model, config.train.ema)
@@ -240,7 +240,8 @@ class Trainer:
             self.model, self.optimizer, self.scaler, config, runtime, self.statistics, self._note
         )
         self.saver = BackgroundSaver(self._saved)
-        self.saved_at = self.progress.step if resume else -1
+        self.saved_at = self.progress.step or -1
+        self.origin = resume.header.initialised_from if resume else None
         self.started = time.perf_counter() - self.progress.seconds
 
     def run(self) -> str:
@@ -250,6 +251,8 @@ class Trainer:
         if progress.step and progress.step % train.eval_interval == 0 and progress.evaluated_at < progress.step:
             better = self._evaluate()  # the run was stopped between this step and its evaluation
             self._save(last=progress.evaluated_at == progress.step, best=better)
+        if self.origin is not None and progress.val_loss is None:  # fine-tuning: the loss to beat
+            self._save(last=False, best=self._evaluate(scheduled=False))
         while (reason := self._reason_to_end()) is None:
             self._step()
             self.saver.poll()
@@ -369,7 +372,7 @@ class Trainer:
             "tokens_seen": progress.tokens_seen,
             "val_loss": progress.val_loss if progress.evaluated_at == progress.step else None,
             "dataset_fingerprint": self.dataset.meta.fingerprint, "progress": progress.model_copy(),
-            "weights": "trained" if self.average is None else "averaged",
+            "weights": "trained" if self.average is None else "averaged", "initialised_from": self.origin,
         }  # fmt: skip
         if last:
             self.saved_at = progress.step

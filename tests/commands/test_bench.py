@@ -144,3 +144,10 @@ def test_what_cannot_be_measured(here: Path, arguments: list[str], message: str)
     done = call("bench", *arguments)
     assert done.code == 2
     assert message in done.error
+
+
+def test_a_vocabulary_can_be_given_instead_of_a_corpus(here: Path) -> None:
+    found = json.loads(call("bench", "--config", "gpt", *TINY, *QUICK, "--vocab-size", "999", "--json").out)
+    assert found["data"] == "random tokens"
+    parameters = json.loads(call("bench", "--config", "gpt", *TINY, *QUICK, "--json").out)["parameters"]
+    assert found["parameters"] - parameters == (999 - 26) * (2 * 16 + 1)

@@ -69,6 +69,7 @@ def test_the_command_that_it_recommends_works(here: Path) -> None:
 def test_every_shipped_config_trains(here: Path, name: str) -> None:
     width = load_config(name).model.n_head * 4
     small = sets(model__n_embd=width, model__block_size=8, train__batch_size=4, train__max_iters=3, out_dir=name)
+    small += sets(data__path="data/input")
     small += sets(runtime__precision="fp32", model__n_layer=min(2, load_config(name).model.n_layer))
     assert call("train", "--config", name, *small, *sets(train__micro_batch_size="null")).code == 0
     assert checkpoint.load(here / name / "best.safetensors").header.step == 3
@@ -225,7 +226,7 @@ def test_a_dry_run_counts_and_writes_nothing(here: Path) -> None:
     assert shown["tokens per step"] == "64"
     assert shown["steps per epoch"] == f"{tokens / 64:,.1f}"
     assert shown["epochs"] == f"{20 * 64 / tokens:.1f}"
-    assert shown["memory: weights (estimated)"] == f"{4 * sum(counts) / 1e3:.0f} kB"
+    assert shown["memory: weights (planned)"] == f"{4 * sum(counts) / 1e3:.0f} kB"
     assert "loss 3." in shown["one step"]
     assert done.out.endswith("Nothing was written.\n")
 

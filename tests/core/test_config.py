@@ -352,7 +352,7 @@ def test_what_is_no_file_is_refused_by_its_name(name: str, tmp_path: Path, monke
     assert file_refusal(name).startswith(f"{name}: ")
 
 
-@pytest.mark.parametrize(("name", "meant"), [("gtp", "gpt"), ("bigrm", "bigram"), ("configs/gpt2.yaml", "gpt")])
+@pytest.mark.parametrize(("name", "meant"), [("gtp", "gpt"), ("bigrm", "bigram"), ("configs/gpt3.yaml", "gpt")])
 def test_an_unknown_config_is_refused_with_the_nearest_and_all_there_are(name: str, meant: str) -> None:
     message = file_refusal(name)
     assert f"did you mean {meant}?" in message

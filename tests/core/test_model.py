@@ -13,9 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, bmm_flop
 
 from minigpt_cli.core import model as model_module
-from minigpt_cli.core.config import ModelConfig
+from minigpt_cli.core.config import ModelConfig, load_config, shipped_configs
+from minigpt_cli.core.generate import Sampling, for_decoding, generate
 from minigpt_cli.core.layers import KVCache, rotary_table, rotate
 from minigpt_cli.core.model import GPT, lm_loss
+from minigpt_cli.core.runtime import Runtime
 from oracle.weights import naive_twin
 from runs import MODEL_CHOICES
 
@@ -191,10 +193,14 @@ def test_a_tied_head_is_the_embedding_and_counts_once(init: str, tiny: Tiny) -> 
 
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("n_layer", [0, 2])
-def test_parameter_counts_are_the_arithmetic_of_the_shape_and_add_up(tie: bool, n_layer: int, tiny: Tiny) -> None:
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_parameter_counts_are_the_arithmetic_of_the_shape_and_add_up(
+    tie: bool, n_layer: int, multiple: int, tiny: Tiny
+) -> None:
     """Per block: q, k, v 3C^2 and no bias, projection C^2 + C, feed-forward 8C^2 + 5C, two norms of 2C."""
     C = 16
-    counts = GPT(tiny(tie_weights=tie, n_layer=n_layer), V).parameter_counts()
+    model = GPT(tiny(tie_weights=tie, n_layer=n_layer, vocab_multiple=multiple), V)
+    counts = model.parameter_counts()
     expected = {
         "token embedding": V * C,
         "position embedding": 8 * C,
@@ -203,7 +209,50 @@ def test_parameter_counts_are_the_arithmetic_of_the_shape_and_add_up(tie: bool, 
         "norms": (2 * n_layer + 1) * 2 * C,
         "head": V if tie else V * C + V,
     }
-    assert counts == expected | {"total": sum(expected.values())}
+    padding = (-V % multiple) * (C + 1 if tie else 2 * C + 1)
+    assert counts == expected | {"padding": padding, "total": sum(expected.values())}
+    assert sum(p.numel() for p in model.parameters()) == counts["total"] + padding
+
+
+def test_gpt2s_configs_have_the_parameters_of_gpt2() -> None:
+    """Tokens, positions, twelve times (attention, feed-forward, two norms), the last norm; the head is tied."""
+    C, L = 768, 12
+    biased = 50257 * C + 1024 * C + L * (4 * C * C + 4 * C + 8 * C * C + 5 * C + 4 * C) + 2 * C
+    gated = 50257 * C + L * (4 * C * C + 2 * 64 + 3 * C * 2048 + 2 * C) + C
+    for name, expected in (("gpt2", biased), ("gpt2-modern", gated)):
+        with torch.device("meta"):
+            model = GPT(load_config(name).model, 50257)
+        assert model.parameter_counts()["total"] == expected
+        assert model.parameter_counts()["padding"] == 47 * C
+        assert model.head.weight.shape == (50304, C)
+    assert biased == 124_439_808
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_padded_vocabulary_changes_no_logit_no_loss_and_no_gradient(tie: bool, precision: str, tiny: Tiny) -> None:
+    plain, padded = (make(tiny(tie_weights=tie, vocab_multiple=multiple)) for multiple in (1, 8))
+    with torch.no_grad():
+        for name, p in padded.named_parameters():
+            p.fill_(9.0)  # in a softmax, the padding would drown all else
+            p[: len(dict(plain.named_parameters())[name])] = dict(plain.named_parameters())[name]
+    ids = torch.randint(V, (2, 9))
+    runtime = Runtime(torch.device("cpu"), precision, compile=False)
+    with runtime.autocast():
+        expected, logits = (model(ids[:, :-1]) for model in (plain, padded))
+    assert logits.shape == (2, 8, V)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+    for x in (expected, logits):
+        lm_loss(x, ids[:, 1:]).backward()
+    for name, p in padded.named_parameters():
+        wanted = dict(plain.named_parameters())[name].grad
+        torch.testing.assert_close(p.grad[: len(wanted)], wanted, rtol=0, atol=0)
+        assert p.grad[len(wanted) :].abs().sum() == 0, name
+    for_decoding(padded, runtime)
+    with torch.inference_mode():
+        steps = list(generate(padded, ids[:1, :3], 12, Sampling(temperature=50.0)))
+    assert {logits_BV.shape for _, logits_BV in steps} == {(1, V)}
+    assert max(int(ids_B) for ids_B, _ in steps) < V
 
 
 @pytest.mark.parametrize(
@@ -214,19 +263,32 @@ def test_parameter_counts_are_the_arithmetic_of_the_shape_and_add_up(tie: bool, 
         {"n_layer": 3, "n_head": 4},
         {"tie_weights": True},
         {"mlp": "gelu", "bias_qkv": True},
-        {"mlp": "swiglu", "position": "rope", "n_kv_head": 1, "qk_norm": True},
+        {"mlp": "swiglu", "position": "rope", "n_kv_head": 1, "qk_norm": True, "vocab_multiple": 8},
         {"head_width": 24, "mlp": "gelu_tanh"},
     ],
     ids=str,
 )
 def test_flops_per_token_are_what_a_real_step_executes(shape: dict[str, object], tiny: Tiny) -> None:
-    """Exactly: both count the multiplications and additions of matrix products and nothing else.
+    model = GPT(tiny(n_embd=32, block_size=16, **shape), V)
+    assert model.flops_per_token() == executed(model, torch.randint(V, (3, 17))) / (3 * 16)
+
+
+@pytest.mark.parametrize("name", sorted(shipped_configs()))
+def test_flops_per_token_of_every_shipped_config_at_its_full_size(name: str) -> None:
+    """On the meta device, which counts and does not compute."""
+    config = load_config(name).model
+    with torch.device("meta"):
+        model = GPT(config, 50257)
+        ids = torch.zeros(1, config.block_size + 1, dtype=torch.long)
+    assert model.flops_per_token() == executed(model, ids) / config.block_size
+
+
+def executed(model: GPT, ids: Tensor) -> int:
+    """What PyTorch counts in one training step: the operations of matrix products, and nothing else, as our formula.
 
     PyTorch counts what its kernels execute, so attention runs as plain matrix products over the whole square, which is
     how our formula counts it; a fused kernel would skip the masked half, or compute the scores again backward.
     """
-    model = GPT(tiny(n_embd=32, block_size=16, **shape), V)
-    ids = torch.randint(V, (3, 17))
 
     def in_place(sum_shape: object, a_shape: object, b_shape: object, out_shape: object = None, **_: object) -> int:
         return int(bmm_flop(a_shape, b_shape))  # the counter does not know baddbmm_ by itself
@@ -236,7 +298,7 @@ def test_flops_per_token_are_what_a_real_step_executes(shape: dict[str, object],
         FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: in_place}) as counter,
     ):
         lm_loss(model(ids[:, :-1]), ids[:, 1:]).backward()
-    assert model.flops_per_token() == counter.get_total_flops() / (3 * 16)
+    return int(counter.get_total_flops())
 
 
 def test_the_gpt2_init_draws_every_matrix_from_a_normal_of_0_02_and_zeroes_every_bias(tiny: Tiny) -> None:

@@ -37,6 +37,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "bias": False, "bias_head": False, "logit_softcap": 2.0,
     },
     "modern, gated": {"n_head": 4, "n_kv_head": 1, "position": "rope", "norm": "rmsnorm", "mlp": "swiglu"},
+    "padded": {"vocab_multiple": 8, "logit_softcap": 2.0},
 }  # fmt: skip
 
 

@@ -15,11 +15,12 @@ Piece = tuple[str, nn.Parameter, slice, nn.Parameter]
 
 
 def pieces(ours: GPT, naive: NaiveGPT) -> Iterator[Piece]:
-    """(name, our parameter, its rows, the oracle's parameter), for every number of ours exactly once.
+    """(name, our parameter, its rows, the oracle's parameter), for every number of ours exactly once; padding apart.
 
     Our packed projection has the rows of all queries, then all keys, then all values; within each, head by head.
     """
-    yield from _same("token_embedding", ours.token_embedding, naive.token_table)
+    tokens = slice(ours.vocab_size)  # the rows below pad the vocabulary
+    yield from _same("token_embedding", ours.token_embedding, naive.token_table, tokens)
     if ours.position_embedding is not None:
         yield from _same("position_embedding", ours.position_embedding, naive.position_table)
     for i, (block, layer) in enumerate(zip(ours.blocks, naive.layers, strict=True)):
@@ -43,9 +44,9 @@ def pieces(ours: GPT, naive: NaiveGPT) -> Iterator[Piece]:
             yield from _same(f"blocks.{i}.attn.norm_k", block.attn.norm_k, attention.norm_k)
     yield from _same("norm", ours.norm, naive.final_norm)
     if not ours.config.tie_weights:
-        yield from _same("head", ours.head, naive.to_logits)
+        yield from _same("head", ours.head, naive.to_logits, tokens)
     elif ours.head.bias is not None:
-        yield "head.bias", ours.head.bias, slice(None), naive.to_logits.bias
+        yield "head.bias", ours.head.bias, tokens, naive.to_logits.bias
 
 
 def naive_twin(ours: GPT, ops: Operations | None = None) -> NaiveGPT:
@@ -56,7 +57,7 @@ def naive_twin(ours: GPT, ops: Operations | None = None) -> NaiveGPT:
         for _, source, rows, target in pieces(ours, naive):
             target.copy_(source[rows])
             copied += target.numel()
-    counts = [sum(p.numel() for p in model.parameters()) for model in (ours, naive)]
+    counts = [ours.parameter_counts()["total"], sum(p.numel() for p in naive.parameters())]
     assert counts == [copied, copied], f"ours and the oracle's parameters {counts}, copied {copied}"
     return naive.train(ours.training)
 

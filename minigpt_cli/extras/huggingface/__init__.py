@@ -5,7 +5,7 @@
     read(folder) -> Checkpoint    what `minigpt import` does
 """
 
-from minigpt_cli.extras.huggingface.read import read
+from minigpt_cli.extras.huggingface.read import read, read_tokenizer
 from minigpt_cli.extras.huggingface.write import write
 
-__all__ = ["read", "write"]
+__all__ = ["read", "read_tokenizer", "write"]

@@ -124,6 +124,12 @@ def _tell_ignored(kind: str, theirs: dict[str, Any], note: Note) -> None:
             note(f"{key} {str(value)[:20]} ({what}) is left out: minigpt has none, and only training would use it")
 
 
+def read_tokenizer(folder: Path, note: Note = lambda message: None) -> Tokenizer:
+    """The tokenizer of such a folder alone. Raises as `read` does."""
+    theirs = _json(folder / "config.json")
+    return _tokenizer(folder, theirs.get("eos_token_id") if isinstance(theirs, dict) else None, note)
+
+
 def _tokenizer(folder: Path, end: object, note: Note) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():

@@ -79,9 +79,8 @@ def capture(model: GPT, ids_T: Tensor) -> Capture:
     if not torch.isfinite(logits_BTV).all():
         raise MinigptError("the model's output is not finite: its weights are damaged, or training diverged")
     assert len(calls.seen) == len(model.blocks)
-    return Capture(
-        logits_BTV[0].float(), taken["head"][0].float(), taken["token"][0], [x[0] for x in streams], calls.seen
-    )
+    uncapped_TV = taken["head"][0, :, : model.vocab_size].float()
+    return Capture(logits_BTV[0].float(), uncapped_TV, taken["token"][0], [x[0] for x in streams], calls.seen)
 
 
 @torch.no_grad()

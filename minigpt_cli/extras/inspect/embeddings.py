@@ -27,7 +27,7 @@ def embedding_plane(model: GPT, first: list[int]) -> dict[str, Any]:
     lowest. `explained` is the share of the variance along each component; every sign is chosen so that the largest
     coordinate is positive, so that the same weights always give the same picture.
     """
-    table_VC = model.token_embedding.weight.detach().float().cpu()
+    table_VC = model.token_embedding.weight[: model.vocab_size].detach().float().cpu()
     V = len(table_VC)
     ids = sorted(list(dict.fromkeys([*first, *range(min(V, MAX_POINTS))]))[:MAX_POINTS])
     centred_VC = table_VC - table_VC.mean(dim=0)

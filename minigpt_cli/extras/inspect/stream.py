@@ -61,7 +61,7 @@ def direct_push(model: GPT, ids_T: Tensor, captured: Capture) -> dict[str, Any] 
     if frozen is None:
         return None
     gain_TC, centre, offset_C = frozen
-    weight_VC = model.head.weight.float()
+    weight_VC = model.head.weight[: model.vocab_size].float()
     push_TC = weight_VC[ids_T[1:]] - weight_VC.mean(dim=0)  # from logits to "above the vocabulary's mean"
     names, writes = _parts(model, captured)
     values = []
@@ -71,7 +71,7 @@ def direct_push(model: GPT, ids_T: Tensor, captured: Capture) -> dict[str, Any] 
         values.append((x_TC * gain_TC[:-1] * push_TC).sum(dim=1))
     constant_T = push_TC @ offset_C
     if model.head.bias is not None:
-        constant_T = constant_T + model.head.bias[ids_T[1:]] - model.head.bias.mean()
+        constant_T = constant_T + model.head.bias[ids_T[1:]] - model.head.bias[: model.vocab_size].mean()
     if model.head.bias is not None or bool(offset_C.any()):
         names, values = [*names, "biases"], [*values, constant_T]
     head_TV = captured.uncapped[:-1]
