@@ -53,6 +53,7 @@ def train(
         list[str] | None,
         typer.Option(
             "--log",
+            "--logger",  # which torchrun does not take for the beginning of its own --log-dir
             metavar="NAME",
             autocompletion=among("tensorboard", "wandb"),
             help="Show the run in tensorboard or wandb too (offline, in OUT/logs). Repeatable.",
@@ -92,6 +93,7 @@ def train(
     loss.png and config.yaml. Ctrl-C saves and prints the command that goes on; a second Ctrl-C leaves at once.
 
     Several devices share each batch: torchrun --standalone --nproc-per-node 2 -m minigpt_cli train --config gpt
+    (with --logger for --log, which torchrun wants for itself).
 
     Example: minigpt train --config cpu --set train.max_iters=500 --out checkpoints/short
 

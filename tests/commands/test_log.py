@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from commands.conftest import TINY, call, sets, wait_for
+from minigpt_cli.commands import app
 from minigpt_cli.core.metrics import JsonLines, Record, read_metrics
 from minigpt_cli.extras import loggers
 from minigpt_cli.extras.loggers import Logger, follow
@@ -203,6 +204,22 @@ def test_what_cannot_be_had_is_said_before_anything_begins(
     done = call("train", "--config", "gpt", *TINY, "--out", "new", *arguments)
     assert (done.code, done.error) == (2, f"minigpt: error: {message}\n")
     assert not (here / "new").exists()
+
+
+def test_torchrun_leaves_every_option_of_train_to_train() -> None:
+    """It takes any beginning of its own options for one of them, --log too: that is why there is --logger."""
+    from torch.distributed.run import get_args_parser
+    from typer.main import get_command
+
+    parse = get_args_parser().parse_args
+    options = [name for param in get_command(app).commands["train"].params for name in param.opts]  # type: ignore[attr-defined]
+    assert {"--log", "--logger", "--config"} <= set(options)
+    for name in set(options) - {"--log"}:
+        words = ["minigpt_cli", "train", name, "x"]
+        parsed = parse(["--standalone", "-m", *words])
+        assert [parsed.training_script, *parsed.training_script_args] == words
+    with pytest.raises(SystemExit):
+        parse(["--standalone", "-m", "minigpt_cli", "train", "--log", "x"])
 
 
 # --- loggers that fail on the way ---
