@@ -124,7 +124,8 @@ def prepare(
     inputs: str | Path | Sequence[str | Path], out: str | Path, *, tokenizer: str = "char",
     vocab_size: int | None = None, val_fraction: float = 0.1, force: bool = False,
 ) -> Report:  # fmt: skip
-    """Make the dataset folder `out` from text files, folders or globs, as `minigpt prepare` does; nothing is fetched.
+    """Make the dataset folder `out` from text files, folders or globs, as `minigpt prepare` does, but in this process
+    alone: others would run a script that has no `if __name__ == "__main__"` again. Nothing is fetched.
 
     `tokenizer`: char, byte, bpe (with `vocab_size`) or the path of a tokenizer.json. The result tells `tokens`,
     `characters`, `vocab_size` and more. Raises UserError for input that will not do, and for a folder that is already
@@ -133,7 +134,7 @@ def prepare(
     paths = [inputs] if isinstance(inputs, str | Path) else inputs
     return corpus.prepare(
         [Path(path) for path in paths], Path(out), tokenizer=tokenizer, vocab_size=vocab_size,
-        val_fraction=val_fraction, force=force,
+        val_fraction=val_fraction, force=force, workers=1,
     )  # fmt: skip
 
 

@@ -163,6 +163,20 @@ def test_training_is_that_of_the_command_and_prints_nothing(here: Path, capfd: p
     assert "this run is finished" in notes[-1]
 
 
+def test_preparing_runs_no_script_twice(tmp_path: Path) -> None:
+    """A script without `if __name__ == "__main__"`, on input that is worth worker processes to the command."""
+    (tmp_path / "big.jsonl").write_text(
+        "".join(json.dumps({"text": f"{i} " + "x" * 999}) + "\n" for i in range(17_000))
+    )
+    script = tmp_path / "script.py"
+    script.write_text("import minigpt_cli\nprint(minigpt_cli.prepare('big.jsonl', 'out', tokenizer='byte').tokens)\n")
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) > 17_000_000
+
+
 def test_an_interrupt_is_raised_when_the_run_has_saved_itself(here: Path) -> None:
     def interrupt(record: dict[str, Any]) -> None:
         if record["step"] == 10:

@@ -237,7 +237,7 @@ def test_looking_changes_nothing(model: GPT, tmp_path: Path) -> None:
 
 
 def test_validation_windows_spread_evenly_and_cost_what_was_promised() -> None:
-    model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=4), 10)
+    model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=4), 101)
     tokens = np.arange(101)
     x, y = validation_windows(tokens, model, limit=16)
     assert x[:, 0].tolist() == [0, 32, 64, 96]
