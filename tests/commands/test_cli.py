@@ -62,7 +62,11 @@ def test_the_version() -> None:
     [
         (["trian"], "No such command 'trian'. Did you mean 'train'?", "minigpt"),
         (["--frobnicate"], "No such option: --frobnicate", "minigpt"),
-        (["train", "--confg", "gpt"], "No such option: --confg (Possible options: --config, --json, --log)", "minigpt train"),
+        (
+            ["train", "--confg", "gpt"],
+            "No such option: --confg (Possible options: --config, --json, --log)",
+            "minigpt train",
+        ),
         (["sample"], "Missing option '--ckpt'.", "minigpt sample"),
         (["sample", "--ckpt", "x", "--tokens", "many"], "Invalid value for '--tokens'", "minigpt sample"),
         (["bench", "--config", "gpt", "--steps", "0"], "Invalid value for '--steps'", "minigpt bench"),
