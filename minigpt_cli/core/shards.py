@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -37,6 +36,8 @@ def save(folder: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any],
 
     `header` holds the fields of `Header` but `checksums` and `versions`.
     """
+    import torch.distributed.checkpoint as dcp  # half a second, which most runs need not spend
+
     unfinished = folder.with_name(f"{TEMPORARY}{folder.name}")
     if world.leads:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -102,6 +103,8 @@ def open_sharded(folder: Path, *, check: bool = True) -> Checkpoint:
 
 def shapes(folder: Path) -> dict[str, torch.Size]:
     """Name -> whole shape of every tensor in the folder."""
+    import torch.distributed.checkpoint as dcp
+
     metadata = dcp.HuggingFaceStorageReader(str(folder)).read_metadata()
     return {name: entry.size for name, entry in metadata.state_dict_metadata.items() if hasattr(entry, "size")}
 
@@ -111,6 +114,8 @@ def load(folder: Path, into: dict[str, Tensor]) -> None:
 
     Raises CheckpointError where one is missing or of another shape.
     """
+    import torch.distributed.checkpoint as dcp
+
     try:
         reader = dcp.HuggingFaceStorageReader(str(folder))
         with warnings.catch_warnings():

@@ -117,7 +117,7 @@ def test_a_run_that_was_killed_ends_bit_for_bit_as_one_that_was_not(launch: Laun
     whole, parts = load_file(place / "whole" / "last.safetensors"), load_file(place / "run" / "last.safetensors")
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    timing = ("seconds", "tokens_per_second")
+    timing = ("seconds", "tokens_per_second", "peak_memory_bytes", "gpu_use")
     lines = [
         [
             {k: v for k, v in json.loads(line).items() if k not in timing}
