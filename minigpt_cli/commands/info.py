@@ -85,6 +85,7 @@ def _facts(known: Checkpoint) -> dict[str, Any]:
         "optimizer": any(name.startswith("optimizer.") for name in header.checksums),
         "precision": header.progress.precision, "parameters": parameters,
         "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size},
+        "initialised_from": header.initialised_from.model_dump() if header.initialised_from is not None else None,
         "dataset_fingerprint": header.dataset_fingerprint, "versions": header.versions, "config": header.config,
     }  # fmt: skip
 
@@ -133,7 +134,9 @@ def _rows(known: Checkpoint, facts: dict[str, Any]) -> list[tuple[object, ...]]:
         ("time of training", f"{duration(facts['seconds'])}, in {facts['precision']}"),
         ("validation loss", quality),
     ]
-    if not facts["step"]:
+    if origin := facts["initialised_from"]:
+        history = [("began as", f"{origin['name']}, step {origin['step']:,}"), *history]
+    elif not facts["step"]:
         history = [("trained", "elsewhere, before it was imported")]
     return [
         ("holds", ("weights and optimizer: --resume can go on from it" if facts["optimizer"] else "weights only")

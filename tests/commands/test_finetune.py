@@ -56,6 +56,7 @@ def test_fine_tuning_starts_at_the_loss_that_eval_gives_and_gets_better(new: Pat
     assert best.header.initialised_from is not None
     assert (best.header.initialised_from.name, best.header.initialised_from.step) == ("best.safetensors", 20)
     assert best.config.model == checkpoint.load(source).config.model
+    assert "began as │ best.safetensors, step 20" in " ".join(call("info", folder / "best.safetensors").out.split())
 
 
 def test_a_resumed_fine_tune_goes_on_from_its_own_last_and_needs_the_source_no_more(new: Path) -> None:
