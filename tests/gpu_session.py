@@ -37,6 +37,12 @@ def parts(out: Path, text: str | None) -> dict[str, list[str]]:
         "bench: 256 streams, naive": [*bench, *many, "--baseline", "naive", "--seconds", "60"],
         "bench: 256 streams, hf": [*bench, *many, "--baseline", "hf"],
     }
+    gpt2 = [*MINIGPT, "bench", "--json", "--config", "gpt2", "--device", "cuda", "--vocab-size", "50257"]
+    for rows in (4, 16, 32):
+        commands[f"bench: gpt2, {rows} sequences at a time"] = [
+            *gpt2, "--set", f"train.batch_size={rows}", "--set", f"train.micro_batch_size={rows}", "--steps", "10",
+        ]  # fmt: skip
+    commands["memory: planned and measured"] = [sys.executable, "tests/memory.py", "--device", "cuda"]
     if text is not None:
         commands |= {
             "prepare": [*MINIGPT, "prepare", text, "--out", str(out / "data")],
