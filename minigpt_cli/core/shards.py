@@ -23,7 +23,7 @@ from torch import Tensor
 from minigpt_cli.core import tokenizer as tokenizers
 from minigpt_cli.core.checkpoint import MODEL, Checkpoint, Header, library_versions
 from minigpt_cli.core.config import parse_config
-from minigpt_cli.core.errors import CheckpointError, UserError
+from minigpt_cli.core.errors import CheckpointError, MinigptError, UserError
 from minigpt_cli.core.files import MAX_JSON_BYTES, TEMPORARY, bounded_json, fsync_folder
 from minigpt_cli.core.sharding import local
 from minigpt_cli.core.world import World
@@ -34,11 +34,23 @@ HEADER = "header.json"
 def save(folder: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any], world: World) -> None:
     """Write a sharded checkpoint to `folder`, which must not exist. Every rank must take part, and see the same disk.
 
-    `header` holds the fields of `Header` but `checksums` and `versions`.
+    `header` holds the fields of `Header` but `checksums` and `versions`. Where one rank cannot write, all raise
+    MinigptError; on any failure what was written is removed.
     """
+    unfinished = folder.with_name(f"{TEMPORARY}{folder.name}")
+    try:
+        _write(unfinished, folder, tensors, header, world)
+    except BaseException:
+        if world.leads:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _write(
+    unfinished: Path, folder: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any], world: World
+) -> None:
     import torch.distributed.checkpoint as dcp  # half a second, which most runs need not spend
 
-    unfinished = folder.with_name(f"{TEMPORARY}{folder.name}")
     if world.leads:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
@@ -51,7 +63,12 @@ def save(folder: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any],
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)  # of one process, which is as meant
-        dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
+        try:
+            dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
+        except dcp.CheckpointException as error:  # on every rank alike; no Exception, so nobody else would catch it
+            reason = next(iter(error.failures.values()))[0]
+            what = getattr(reason, "strerror", None) or reason
+            raise world.everyones(MinigptError(f"{folder}: not written: {what}")) from None
     ours = {file.name: _durable_sha256(file) for file in unfinished.glob(f"shard-{world.rank + 1:05d}-*")}
     sums = {name: sha for text in world.texts(json.dumps(ours)) for name, sha in json.loads(text).items()}
     if world.leads:

@@ -124,7 +124,8 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(
     assert temporaries(folder) == []
 
 
-def test_a_file_size_limit_ends_the_run_and_leaves_no_temporary(launch: Launch, place: Path) -> None:
+@pytest.mark.parametrize("kind", ["file", "sharded"])
+def test_a_file_size_limit_ends_the_run_and_leaves_no_temporary(launch: Launch, place: Path, kind: str) -> None:
     import resource
     import signal
 
@@ -132,9 +133,10 @@ def test_a_file_size_limit_ends_the_run_and_leaves_no_temporary(launch: Launch, 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 
-    child = launch(train_arguments(), before=limit)
-    assert child.wait() == 1
+    child = launch(train_arguments(f"runtime.checkpoints={kind}"), before=limit)
+    assert child.wait() == 1, child.stderr.read_text()
     assert "File too large" in child.stderr.read_text()
+    assert "Traceback" not in child.stderr.read_text()
     assert temporaries(place / "run") == []
 
 
