@@ -14,11 +14,12 @@ import minigpt_cli
 PACKAGE = Path(minigpt_cli.__file__).parent
 FLOORS = [
     {"background", "detokenize", "errors", "files", "signals"},
-    {"bpe", "folders", "metrics", "plain_yaml", "processes", "textfiles"},
+    {"bpe", "compiler", "folders", "metrics", "plain_yaml", "processes", "textfiles"},
     {"config", "dataset", "sharding", "textstream", "tokenizer", "world"},
     {"documents", "kernels", "runtime", "unfinished"},
     {"encoder", "layers"},
     {"corpus", "model"},
+    {"native"},
     {"checkpoint", "evaluate", "generate", "optim"},
     {"shards"},
     {"run", "start", "writer"},

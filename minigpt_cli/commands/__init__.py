@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -76,7 +77,9 @@ def main() -> None:
     """The entry point of the `minigpt` script and of `python -m minigpt_cli`."""
     # OpenMP's threads spin while they wait for one another. On a machine that has other things to do, that made a
     # training step several times as long; a short spin costs nothing measurable (docs/benchmarks.md).
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # Between two tokens they had better not fall asleep; `ThreadChoice` takes care of other programs there.
+    decodes = sys.argv[1:2] and sys.argv[1] in ("bench", "sample", "serve")
+    os.environ.setdefault("GOMP_SPINCOUNT", "40000" if decodes else "10000")
     make_streams_robust()
     if os.environ.get("_MINIGPT_COMPLETE") == "complete_bash":
         join_words()

@@ -103,7 +103,7 @@ def _measure(
     require_known_tokens(data, vocab_size, Path(chosen.data.path))
     parameters = GPT(chosen.model, vocab_size).parameter_counts()["total"]
     decoder = choose_decoding_runtime(chosen.runtime, parameters)
-    for line in runtime.notes:
+    for line in (*runtime.notes, *(line for line in decoder.notes if line not in runtime.notes)):
         note(line)
     training = measure_training(chosen, data, vocab_size, runtime, steps=steps, max_seconds=seconds)
     decoding = None
@@ -123,7 +123,8 @@ def _measure(
         "step_seconds": training.step_seconds, "first_step_seconds": training.first_step_seconds,
         "flops_utilisation": training.flops_utilisation, "decode_streams": streams, "data": corpus,
         "device": describe_device(runtime.device), "precision": runtime.precision,
-        "decode_precision": decoder.precision, "compiled": runtime.compile, "torch": torch.__version__,
+        "decode_precision": decoder.precision, "decode_compiled": decoder.compile,
+        "compiled": runtime.compile, "torch": torch.__version__,
         "ranks": world.size, "parallel": runtime.parallel,
     }  # fmt: skip
     return result | ({"baselines": baselines} if baselines else {})

@@ -80,7 +80,7 @@ def sample(
         prompt = read_prompt(prompt_file)
     from minigpt_cli.core.checkpoint import load
     from minigpt_cli.core.config import RuntimeConfig, parse_section
-    from minigpt_cli.core.runtime import choose_decoding_runtime
+    from minigpt_cli.core.runtime import require_device
     from minigpt_cli.core.writer import Writer, checked_sampling
 
     sampling = checked_sampling(
@@ -89,7 +89,7 @@ def sample(
     if show_probs and precision == "auto":
         precision = "fp32"  # whoever reads every number wants exact ones, and reads slowly
     asked = parse_section(RuntimeConfig, {"device": device, "precision": precision}, "sample")
-    choose_decoding_runtime(asked, 0)  # a device that is not there is said before a large file is read
+    require_device(asked.device)  # a device that is not there is said before a large file is read
     checkpoint = load(ckpt, weights_only=True)
     tokenizer, window = checkpoint.tokenizer, checkpoint.config.model.block_size
     length = len(tokenizer.encode(prompt)) if prompt else 0
@@ -99,7 +99,7 @@ def sample(
         note(f"--top-k {top_k} is more than the vocabulary: all {tokenizer.vocab_size} tokens are allowed")
     writer = Writer(checkpoint, asked)
     for line in writer.runtime.notes:
-        if line.startswith("precision"):
+        if line.startswith(("precision", "compile")):
             note(line)
     steps = writer.steps(
         prompt or "", tokens, sampling, count=num_samples, seed=seed, exact_window=exact_window, note=note

@@ -11,18 +11,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minigpt_cli.core.errors import MinigptError
-from minigpt_cli.core.layers import KVCache, Place, RowLinear, compute_dtype
+from minigpt_cli.core.layers import KVCache, Place, compute_dtype
 from minigpt_cli.core.model import GPT
+from minigpt_cli.core.native import NativeStep
 from minigpt_cli.core.runtime import DTYPES, Runtime, ThreadChoice, first_line
 
 Record = Callable[[Callable[[], None]], Callable[[], None]]  # work -> what does that work again
 
 CHECK_EVERY = 32  # tokens, on a GPU: until then nobody waits for it
 ONE_THREAD_PARAMETERS = 32_000_000  # up to here one CPU thread decodes a float32 stream about as fast as several
-MAX_PIECES = 4  # of a product, for so many threads: each piece is one more rounding
 WARM_UP = 3  # tokens before the first recording: libraries prepare themselves at a first call
 GREEDY_BELOW = 1e-5  # a temperature under this is greedy: dividing by it would overflow
 
@@ -61,7 +61,7 @@ def generate(
     context = deque(new_BT.split(1, dim=1), maxlen=window)  # the newest tokens, one (B, 1) each
     recorded = RecordedStep(model, cache, prompt_BP.shape[0], record) if record else None
     threads = ThreadChoice(thread_numbers(model, prompt_BP.shape[0]))
-    finite = torch.ones((), dtype=torch.bool, device=weight.device)
+    largest = torch.zeros((), device=weight.device)  # of all logits so far; NaN, once there was one
     for n in range(1, n_tokens + 1):
         if cache.length + new_BT.shape[1] > window and (exact_window or not model.slides):
             cache.clear()
@@ -78,8 +78,8 @@ def generate(
         if logits_BV is None:
             with threads.step() if single else contextlib.nullcontext():
                 logits_BV = model(new_BT, cache)[:, -1].float()
-        finite = finite & torch.isfinite(logits_BV).all()
-        if (weight.is_cpu or n % CHECK_EVERY == 0 or n == n_tokens) and not finite:
+        largest = torch.maximum(largest, logits_BV.abs().amax())
+        if (weight.is_cpu or n % CHECK_EVERY == 0 or n == n_tokens) and not largest < float("inf"):
             raise MinigptError("the model's output is not finite: its weights are damaged, or training diverged")
         ids_B = choose(logits_BV, sampling, generator)
         yield ids_B, logits_BV
@@ -89,6 +89,9 @@ def generate(
 
 def read_back(steps: Iterator[tuple[Tensor, Tensor]], every: int) -> Iterator[list[int]]:
     """The ids of each step of `generate` as numbers, B of them. The host waits for the device once in `every` steps."""
+    if every == 1:
+        yield from (ids_B.tolist() for ids_B, _ in steps)
+        return
     waiting: list[Tensor] = []
     for ids_B, _ in steps:
         waiting.append(ids_B)
@@ -172,23 +175,20 @@ def choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator | N
 def for_decoding(model: GPT, runtime: Runtime) -> GPT:
     """Change `model` in place to what decodes fastest in the precision of `runtime`, and return it. Not to be trained.
 
-    Weights are cast once, not at every token, and on a CPU get the layout that is read fastest.
+    Weights are cast once, not at every token; on a CPU single tokens are left to `decode.c`, if it could be compiled.
     """
-    if runtime.precision == "fp32":
-        return model
-    model.to(DTYPES[runtime.precision])
-    linears = [(module, name, child) for module in model.modules() for name, child in module.named_children()
-               if isinstance(child, nn.Linear) and runtime.device.type == "cpu"]  # fmt: skip
-    for module, name, linear in linears:
-        setattr(module, name, RowLinear(linear, min(torch.get_num_threads(), MAX_PIECES)))
+    if runtime.precision != "fp32":
+        model.to(DTYPES[runtime.precision])
+    if runtime.compile and runtime.device.type == "cpu":
+        model.native = NativeStep(model)
     return model
 
 
 def thread_numbers(model: GPT, streams: int) -> Sequence[int]:
     """With which numbers of CPU threads a single token may be computed: that must not change what comes out."""
     every = torch.get_num_threads()
+    if model.native is not None:
+        return (1, every)
     if not model.token_embedding.weight.is_cpu or streams > 1:
         return (every,)
-    if isinstance(model.head, RowLinear):
-        return (1, every)
     return (1,) if sum(p.numel() for p in model.parameters()) <= ONE_THREAD_PARAMETERS else (every,)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,7 @@ class KVCache:
         shape = (batch, config.n_kv_head or config.n_head, config.block_size, config.each_head)
         zeros = partial(torch.zeros, shape, device=device, dtype=dtype)
         self.layers = [LayerCache(zeros(), zeros()) for _ in range(config.n_layer)]
+        self.batch = batch
         self.length = 0  # tokens it has been given; `GPT.forward` moves it on
         self.place: Place | None = None  # counts instead of `length` where it is set, and is not moved on
 
@@ -70,7 +71,7 @@ class KVCache:
             LayerCache(layer.k_BHSD.narrow(0, first, count), layer.v_BHSD.narrow(0, first, count))
             for layer in self.layers
         ]
-        part.length, part.place = 0, None
+        part.batch, part.length, part.place = count, 0, None
         return part
 
     def clear(self) -> None:
@@ -121,33 +122,6 @@ class Attention(nn.Module):
         else:
             y_BHTD = kernels.causal_attention(q, k, v, self.dropout_attn if self.training else 0.0)
         return self.dropout(self.proj(y_BHTD.transpose(1, 2).reshape(B, T, -1)))
-
-
-class RowLinear(nn.Module):
-    """A Linear for decoding one stream on a CPU: its matrix transposed, in bf16. (..., I) -> (..., O). Not trainable.
-
-    A product with one row takes as long as reading the matrix, so half the bytes should be half the time, and with
-    PyTorch's bf16 product they are not. But a row times a matrix is the sum of the matrix's rows, weighted: that is an
-    embedding bag, which reads 16 bits at the speed of memory and adds in float32. Measured in docs/benchmarks.md.
-
-    The rows are summed in `pieces`, each by a thread if there are so many; the result does not depend on how many.
-    """
-
-    def __init__(self, linear: nn.Linear, pieces: int) -> None:
-        super().__init__()
-        self.weight_IO = linear.weight.detach().t().to(torch.bfloat16).contiguous()
-        self.bias = None if linear.bias is None else linear.bias.detach().to(torch.bfloat16)
-        self.every_row = torch.arange(linear.in_features)
-        self.begin_P = torch.arange(pieces) * linear.in_features // pieces
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.numel() != x.shape[-1]:
-            return F.linear(x, self.weight_IO.t(), self.bias)
-        y_PO = F.embedding_bag(
-            self.every_row, self.weight_IO, self.begin_P, mode="sum", per_sample_weights=x.reshape(-1)
-        )
-        parts = y_PO.unbind() if self.bias is None else (self.bias, *y_PO.unbind())
-        return reduce(torch.add, parts).view(*x.shape[:-1], -1)
 
 
 def rotary_table(positions_T: Tensor, head_width: int, base: float) -> Rotary:

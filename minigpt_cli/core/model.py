@@ -63,6 +63,7 @@ class GPT(nn.Module):
             nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         )
         self.rotary_width = config.each_head if config.position == "rope" else 0
+        self.native: Callable[[Tensor, KVCache, int | Place], Tensor | None] | None = None  # a quicker way of one token
         self.checkpoint_activations = False  # in training keep only what goes into a block, and compute it twice
         self.slides = config.position == "rope"  # only distances count: the window may move on token by token
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -88,6 +89,11 @@ class GPT(nn.Module):
         start: int | Place = 0 if cache is None else cache.place or cache.length
         if isinstance(start, int) and start + T > self.config.block_size and not (self.slides and T == 1 and cache):
             raise ValueError(f"{start + T} tokens do not fit a context of {self.config.block_size}")
+        if self.native is not None and cache is not None and T == 1:
+            logits_B1V = self.native(idx_BT, cache, start)
+            if logits_B1V is not None:
+                cache.length += isinstance(start, int)
+                return logits_B1V
         x_BTC = self.token_embedding(idx_BT)
         if self.position_embedding is not None:
             rows = start.position[:, None] if isinstance(start, Place) else slice(start, start + T)

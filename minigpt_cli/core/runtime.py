@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from minigpt_cli.core.compiler import decode_library
 from minigpt_cli.core.config import RuntimeConfig, TrainConfig
 from minigpt_cli.core.errors import MinigptError, UserError
 from minigpt_cli.core.world import ALONE, World
@@ -190,15 +191,36 @@ def choose_decoding_runtime(config: RuntimeConfig, n_parameters: int) -> Runtime
     Raises UserError when the config asks for what the machine has not.
     """
     device, notes = _choose_device(config.device, ALONE)
+    half = n_parameters >= HALF_FROM_PARAMETERS
     if config.precision != "auto":
         precision, _ = _choose_precision(config.precision, device, 1, 1)
     elif device.type == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     else:
-        precision = "bf16" if _cpu_has_bf16(device) and n_parameters >= HALF_FROM_PARAMETERS else "fp32"
+        precision = "bf16" if half and _cpu_has_bf16(device) else "fp32"
+    native, why = _choose_native(config.compile, device, precision)
+    notes += [why] if why else []
+    if config.precision == "auto" and precision == "bf16" and device.type == "cpu" and not native:
+        precision = "fp32"  # PyTorch's own products of one row are slower in bf16
     if config.precision == "auto" and precision == "bf16":
         notes.append("precision: bf16, weights of half the size are read in half the time")
-    return Runtime(device, precision, False, tuple(notes))
+    return Runtime(device, precision, native, tuple(notes))
+
+
+def _choose_native(asked: bool | str, device: torch.device, precision: str) -> tuple[bool, str | None]:
+    """Whether `decode.c` decodes, compiling it at the first time of all; and what to tell when it could not."""
+    if not asked or device.type != "cpu":
+        return False, None
+    try:
+        decode_library(precision)
+        return True, None
+    except MinigptError as error:
+        return False, f"compile: off, decoding is slower without ({error})"
+
+
+def require_device(asked: str) -> None:
+    """Raises UserError when this machine has no such device."""
+    _choose_device(asked, ALONE)
 
 
 def seed_everything(*key: int) -> None:
@@ -245,13 +267,17 @@ class ThreadChoice:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        n = min(self.seconds, key=lambda number: self.seconds[number])
+        n, before = min(self.seconds, key=lambda number: self.seconds[number]), torch.get_num_threads()
         start = time.perf_counter()
-        with cpu_threads(n):
+        torch.set_num_threads(n)
+        try:
             yield
-        took, before = time.perf_counter() - start, self.seconds[n]
-        self.seconds = {number: 0.99 * seconds for number, seconds in self.seconds.items()}
-        self.seconds[n] = min(took, 4 * before) if before else took  # one bad moment is not held against it for long
+        finally:
+            torch.set_num_threads(before)
+        took, last = time.perf_counter() - start, self.seconds[n]
+        for number in self.seconds:
+            self.seconds[number] *= 0.99
+        self.seconds[n] = min(took, 4 * last) if last else took  # one bad moment is not held against it for long
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -10,6 +10,7 @@ import pickle
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +39,14 @@ def test_stdout_is_the_prompt_and_exactly_so_many_tokens(here: Path) -> None:
     assert text.startswith("the king")
     assert len(text) == len("the king") + 40
     assert set(text) <= set((here / "input.txt").read_text())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere decode.c is not tried")
+def test_without_a_compiler_there_is_a_line_and_the_same_text(here: Path) -> None:
+    arguments = ("sample", "--ckpt", BEST, "--tokens", 60, "--temperature", 0)
+    done = run(*arguments, CC="/no/such/cc")
+    assert (done.code, done.out) == (0, text_of(call(*arguments)))
+    assert done.err == "compile: off, decoding is slower without (no C compiler (/no/such/cc) is installed)\n"
 
 
 def test_without_a_prompt_it_begins_after_token_0_which_is_not_printed(polyglot: Path) -> None:

@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minigpt_cli.core.config import ModelConfig
 from minigpt_cli.core.errors import MinigptError
 from minigpt_cli.core.generate import RecordedStep, Sampling, choose, for_decoding, generate, read_back, step_at
-from minigpt_cli.core.layers import KVCache, RowLinear
+from minigpt_cli.core.layers import KVCache
 from minigpt_cli.core.model import GPT
 from minigpt_cli.core.runtime import Runtime, cpu_threads
 from oracle.generate import crop_and_recompute, keep_half_and_recompute
@@ -266,37 +266,7 @@ def test_one_float32_stream_of_a_small_model_is_decoded_by_one_thread(
     assert seen == [2] + [expected] * 5 + [2] + [expected] * 4 + [2]  # prompt and refills take all
 
 
-def test_the_clock_decides_how_many_threads_but_not_what_they_compute(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with cpu_threads(2):
-        model = for_decoding(make(tiny(n_embd=256, block_size=64)), BF16)
-        seen: list[int] = []
-        model.head.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
-        prompt, texts = torch.zeros(1, 1, dtype=torch.long), []
-        for numbers in ((1, 2), (1,), (2,)):
-            monkeypatch.setattr("minigpt_cli.core.generate.thread_numbers", lambda *_, found=numbers: found)
-            steps = list(generate(model, prompt, 30, Sampling(), generator=seeded(1)))
-            texts.append(torch.cat([logits for _, logits in steps]))
-    assert set(seen[:30]) == {1, 2}
-    assert torch.equal(texts[0], texts[1])
-    assert torch.equal(texts[0], texts[2])
-
-
-# Weights in bf16: what one row takes, and how near the text stays.
-
-
-@pytest.mark.parametrize("pieces", [1, 2, 5])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1), (1,), (), (1, 3), (2, 1), (4, 5)], ids=str)
-def test_a_row_linear_is_the_linear_in_bf16(shape: tuple[int, ...], bias: bool, pieces: int) -> None:
-    linear = nn.Linear(48, 24, bias=bias)
-    x = torch.randn(*shape, 48).bfloat16()
-    exact = nn.functional.linear(x.float(), linear.weight.bfloat16().float(), linear.bias if bias else None)
-    found = RowLinear(linear, pieces)(x)
-    assert found.shape == exact.shape
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), exact, rtol=2**-7, atol=2**-6)  # roundings: of pieces, y, y + bias
+# Weights in bf16: how near the text stays.
 
 
 @pytest.mark.parametrize(
@@ -310,7 +280,6 @@ def test_decoding_in_bf16_stays_near_float32_with_and_without_the_cache(options:
     model = GPT(tiny(n_embd=32, block_size=16, **options), V).eval()
     exact = copy.deepcopy(model)
     decoder = for_decoding(model, BF16)
-    assert not [m for m in decoder.modules() if isinstance(m, nn.Linear)]
     ids = torch.randint(V, (1, 1))
     for chosen, logits in generate(decoder, ids, 12, GREEDY):
         assert logits.dtype == torch.float32

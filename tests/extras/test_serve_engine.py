@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -96,10 +97,14 @@ def test_greedy_texts_of_any_lengths_are_those_of_generate(
     assert found == [alone(model, prompt, n) for prompt, n in zip(prompts, lengths, strict=True)]
 
 
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_seed_gives_the_same_text_whatever_else_is_in_the_batch(precision: str, tiny: Tiny) -> None:
+def test_a_seed_gives_the_same_text_whatever_else_is_in_the_batch(precision: str, native: bool, tiny: Tiny) -> None:
     """And that of `generate`, bit for bit: in bf16, too, where a batch is rounded otherwise than one text."""
-    model = for_decoding(make(tiny(n_embd=64, position="rope")), Runtime(torch.device("cpu"), precision, compile=False))
+    if native and shutil.which("cc") is None:
+        pytest.skip("needs a C compiler")
+    runtime = Runtime(torch.device("cpu"), precision, compile=native)
+    model = for_decoding(make(tiny(n_embd=64, position="rope")), runtime)
     sampling = Sampling(0.9, top_k=20, top_p=0.95)
     order = Order([3, 1, 4], 60, sampling, seed=11)
     others = [Order([i], 15 + 9 * i, Sampling(1.0 + i / 10)) for i in range(6)]

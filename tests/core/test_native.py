@@ -1,0 +1,343 @@
+"""decode.c: the same logits as the model it repeats, for every option; and what happens where it cannot be compiled."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import minigpt_cli
+from minigpt_cli.core import compiler, native
+from minigpt_cli.core.config import ModelConfig, RuntimeConfig
+from minigpt_cli.core.errors import MinigptError
+from minigpt_cli.core.generate import Sampling, for_decoding, generate, step_at, thread_numbers
+from minigpt_cli.core.layers import ACTIVATIONS, KVCache
+from minigpt_cli.core.model import GPT
+from minigpt_cli.core.native import MOST_STREAMS, NativeStep
+from minigpt_cli.core.runtime import Runtime, choose_decoding_runtime, cpu_threads
+from oracle.generate import keep_half_and_recompute
+from oracle.weights import naive_twin
+from runs import MODEL_CHOICES
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("cc") is None, reason="decode.c needs Linux and a C compiler"
+)
+
+Tiny = Callable[..., ModelConfig]
+V = 11
+CPU = torch.device("cpu")
+NATIVE, NATIVE_BF16 = (Runtime(CPU, precision, compile=True) for precision in ("fp32", "bf16"))
+
+
+def make(config: ModelConfig) -> GPT:
+    """A model in evaluation, with weights large enough for every part to matter."""
+    model = GPT(config, V).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.15)
+    return model
+
+
+def logits_of(model: GPT, ids_BT: Tensor, step: NativeStep | None) -> Tensor:
+    """Logits (B, T, V), token by token with a cache, by `step` or operator by operator."""
+    model.native = step
+    cache = KVCache(len(ids_BT), model.config, CPU, model.token_embedding.weight.dtype)
+    with torch.inference_mode():
+        return torch.cat([model(ids_B1, cache) for ids_B1 in ids_BT.split(1, dim=1)], dim=1)
+
+
+@pytest.mark.parametrize("options", MODEL_CHOICES, ids=str)
+def test_every_option_gives_the_logits_of_the_model(options: dict[str, object], tiny: Tiny) -> None:
+    model = make(tiny(**options))
+    ids = torch.randint(V, (2, 20 if model.slides else 8))
+    expected = logits_of(model, ids, None)
+    torch.testing.assert_close(logits_of(model, ids, NativeStep(model)), expected, rtol=1e-4, atol=2e-5)
+
+
+shapes = st.fixed_dictionaries(
+    {
+        "n_layer": st.integers(0, 3), "n_embd": st.integers(1, 70), "mlp_width": st.integers(1, 90),
+        "head_width": st.integers(1, 20).map(lambda n: 2 * n), "block_size": st.integers(1, 12),
+        "position": st.sampled_from(["learned", "rope", "none"]), "rope_base": st.sampled_from([1.0, 50.0, 5e5]),
+        "norm": st.sampled_from(["layernorm", "rmsnorm", "none"]), "norm_eps": st.sampled_from([None, 0.1]),
+        "qk_norm": st.booleans(), "mlp": st.sampled_from(list(ACTIVATIONS)), "bias": st.booleans(),
+        "bias_qkv": st.booleans(), "bias_head": st.booleans(), "tie_weights": st.booleans(),
+        "vocab_multiple": st.sampled_from([1, 8]), "logit_softcap": st.sampled_from([None, 3.0]),
+    }
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, st.sampled_from([(1, 1), (2, 1), (3, 3), (6, 2), (6, 6)]), st.integers(1, 9), st.integers(1, 4))
+def test_any_shape_gives_the_logits_of_the_model(
+    shape: dict[str, object], heads: tuple[int, int], streams: int, threads: int
+) -> None:
+    """Of streams that have got to different places, some past their window."""
+    torch.manual_seed(0)
+    model = make(ModelConfig(**shape, n_head=heads[0], n_kv_head=heads[1]))
+    size, found = model.config.block_size, []
+    lengths = [7 * i % (3 * size) for i in range(streams)] if model.config.position != "learned" else [0] * streams
+    ids = torch.randint(V, (size, streams, 1))
+    for step in (None, NativeStep(model)):
+        model.native, cache = step, KVCache(streams, model.config, CPU, torch.float32)
+        for i, layer in enumerate(cache.layers):
+            layer.k_BHSD.copy_(torch.linspace(-1, 1 + i, layer.k_BHSD.numel()).view_as(layer.k_BHSD))
+            layer.v_BHSD.copy_(torch.linspace(2, -i, layer.v_BHSD.numel()).view_as(layer.v_BHSD))
+        with torch.inference_mode(), cpu_threads(threads):
+            found.append(torch.stack([
+                step_at(model, cache, ids_B1, torch.tensor(lengths) + t, size).float() for t, ids_B1 in enumerate(ids)
+            ]))  # fmt: skip
+        found.append(torch.stack([part for layer in cache.layers for part in (layer.k_BHSD, layer.v_BHSD)] or [ids]))
+    tolerance = {"rtol": 1e-3, "atol": 1e-4 * max(1.0, found[0].abs().max().item())}
+    torch.testing.assert_close(found[2], found[0], **tolerance)
+    torch.testing.assert_close(found[3], found[1], **tolerance)
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_a_text_past_the_window_is_that_of_the_oracle(position: str, tiny: Tiny) -> None:
+    """Learned positions are refilled, as the oracle does it; rotary ones slide, as without decode.c."""
+    model, prompt = make(tiny(position=position, block_size=8)), torch.randint(V, (1, 3))
+    slid = [(int(ids), logits) for ids, logits in generate(model, prompt, 40, Sampling(0.0))]
+    expected = slid if model.slides else zip(*keep_half_and_recompute(naive_twin(model), prompt[0].tolist(), 40, 8))  # noqa: B905
+    steps = generate(for_decoding(model, NATIVE), prompt, 40, Sampling(0.0))
+    for (ids, logits), (token, wanted) in zip(steps, expected, strict=True):
+        torch.testing.assert_close(logits.flatten(), wanted.flatten(), rtol=1e-4, atol=1e-4)
+        assert int(ids) == token
+
+
+@pytest.mark.parametrize("options", [{}, {"position": "rope", "norm": "rmsnorm", "qk_norm": True}], ids=str)
+def test_in_bf16_only_keys_and_values_are_rounded(options: dict[str, object], tiny: Tiny) -> None:
+    """Against float32 with the same rounded weights: nearer than PyTorch in bf16, which rounds after every operator."""
+    half = make(tiny(n_embd=64, block_size=32, **options)).bfloat16()
+    exact = GPT(half.config, V).eval()
+    exact.load_state_dict(half.state_dict())
+    ids = torch.randint(V, (2, 32))
+    expected = logits_of(exact, ids, None)
+    ours, theirs = ((logits_of(half, ids, step).float() - expected).abs().max() for step in (NativeStep(half), None))
+    assert ours < 0.02
+    assert ours < theirs
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_comes_out_depends_neither_on_the_threads_nor_on_who_else_is_computed(precision: str, tiny: Tiny) -> None:
+    model = for_decoding(make(tiny(n_embd=48, position="rope", mlp="gelu")), Runtime(CPU, precision, compile=True))
+    ids, step = torch.randint(V, (7, 12)), model.native
+    assert isinstance(step, NativeStep)
+    together = logits_of(model, ids, step)
+    for threads in (1, 2, 3, 5):
+        with cpu_threads(threads):
+            assert torch.equal(logits_of(model, ids, step), together)
+    for i in range(7):
+        assert torch.equal(logits_of(model, ids[i : i + 1], step), together[i : i + 1])
+
+
+def test_the_clock_decides_how_many_threads_and_the_text_stays_the_same(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, texts = for_decoding(make(tiny(n_embd=256, block_size=64)), NATIVE_BF16), []
+    step, seen = model.native, list[int]()
+    assert step is not None
+    model.native = lambda *given: (seen.append(torch.get_num_threads()), step(*given))[1]
+    with cpu_threads(2):
+        for numbers in (thread_numbers(model, 1), (1,), (2,)):
+            monkeypatch.setattr("minigpt_cli.core.generate.thread_numbers", lambda *_, found=numbers: found)
+            generator = torch.Generator().manual_seed(1)
+            steps = list(generate(model, torch.zeros(1, 1, dtype=torch.long), 30, Sampling(), generator=generator))
+            texts.append(torch.cat([logits for _, logits in steps]))
+            assert torch.get_num_threads() == 2
+    assert set(seen[:30]) == {1, 2}
+    assert torch.equal(texts[0], texts[1])
+    assert torch.equal(texts[0], texts[2])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_many_streams_are_left_to_the_model(precision: str, tiny: Tiny) -> None:
+    model = for_decoding(make(tiny()), Runtime(CPU, precision, compile=True))
+    seen: list[int] = []
+    model.head.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    most = MOST_STREAMS[precision]
+    for streams in (1, most, most + 1):
+        list(generate(model, torch.zeros(streams, 2, dtype=torch.long), 3, Sampling()))
+    assert seen == [1, most] + [most + 1] * 3  # the prompts; and of the last, every token
+
+
+@pytest.mark.parametrize("mlp", ACTIVATIONS)
+def test_a_damaged_weight_is_said(mlp: str, tiny: Tiny) -> None:
+    """Whichever it is, and although the prompt was computed before the damage."""
+    whole = make(tiny(mlp=mlp, qk_norm=True))
+    for name, _ in whole.named_parameters():
+        model = for_decoding(copy.deepcopy(whole), NATIVE)
+        steps = generate(model, torch.zeros(1, 1, dtype=torch.long), 5, Sampling())
+        next(steps)
+        with torch.no_grad():
+            model.get_parameter(name).fill_(float("nan"))
+        with pytest.raises(MinigptError, match="not finite"):
+            next(steps)
+
+
+def test_what_the_model_does_not_have_is_refused_and_nothing_is_written(tiny: Tiny) -> None:
+    model = for_decoding(make(tiny()), NATIVE)
+    cache = KVCache(2, model.config, CPU, torch.float32)
+    for ids, position in (([0, V], [0, 0]), ([-1, 0], [0, 0]), ([0, 0], [0, 8])):
+        with pytest.raises(IndexError, match="token or a position"):
+            step_at(model, cache, torch.tensor(ids)[:, None], torch.tensor(position), 8)
+    assert not any(layer.k_BHSD.any() for layer in cache.layers)
+    for wrong in (
+        KVCache(3, model.config, CPU, torch.float32),
+        KVCache(2, model.config, CPU, torch.bfloat16),
+        KVCache(2, model.config.model_copy(update={"block_size": 7}), CPU, torch.float32),
+        KVCache(2, model.config.model_copy(update={"n_layer": 1}), CPU, torch.float32),
+    ):
+        with pytest.raises(ValueError, match="cache"):
+            model(torch.zeros(2, 1, dtype=torch.long), wrong)
+    with pytest.raises(TypeError):
+        NativeStep(make(tiny()).half())
+
+
+def test_the_names_of_a_config_are_numbered_as_in_the_c_file() -> None:
+    source = compiler.SOURCE.read_text(encoding="utf-8")
+    assert f"{{ {', '.join(name.upper() for name in native.MLPS)} }} Mlp;" in source
+    assert "{ NO_NORM, LAYERNORM, RMSNORM } Norm;" in source
+    assert native.NORMS == ("none", "layernorm", "rmsnorm")
+
+
+# Compiling it.
+
+
+@pytest.fixture
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty one of our own, and nothing remembered in this process."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiler.decode_library.cache_clear()
+    yield tmp_path / "minigpt"
+    compiler.decode_library.cache_clear()
+
+
+@pytest.fixture
+def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A compiler that writes a line to this file each time."""
+    log, script = tmp_path / "log", tmp_path / "counting-cc"
+    script.write_text(f'#!/bin/sh\necho compiled >> {log}\nexec cc "$@"\n')
+    script.chmod(0o700)
+    monkeypatch.setenv("CC", str(script))
+    return log
+
+
+def works(library: ctypes.CDLL) -> bool:
+    return library.scratch is not None and library.step is not None
+
+
+def test_it_is_compiled_once_and_kept(cache_folder: Path, counted: Path) -> None:
+    for _ in range(3):
+        assert works(compiler.decode_library("fp32"))
+        compiler.decode_library.cache_clear()
+    assert counted.read_text() == "compiled\n"
+    assert works(compiler.decode_library("bf16"))
+    assert len(list(cache_folder.iterdir())) == 2
+    assert cache_folder.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("damage", ["empty", "junk", "foreign"])
+def test_a_kept_file_that_is_damaged_or_of_somebody_else_is_not_used(
+    damage: str, cache_folder: Path, counted: Path
+) -> None:
+    compiler.decode_library("fp32")
+    compiler.decode_library.cache_clear()
+    (path,) = cache_folder.iterdir()
+    path.unlink()
+    path.write_bytes(b"" if damage == "empty" else b"\x7fELF and no more")
+    if damage == "foreign":
+        if os.getuid() != 0:
+            pytest.skip("only root can give files away")
+        os.chown(path, 12345, -1)
+    assert works(compiler.decode_library("fp32"))
+    assert counted.read_text() == "compiled\n" * 2
+
+
+def test_where_nothing_can_be_kept_it_works_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    compiler.decode_library.cache_clear()
+    assert works(compiler.decode_library("fp32"))
+    compiler.decode_library.cache_clear()
+
+
+def test_a_compiler_without_openmp_makes_one_thread(
+    cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Tiny
+) -> None:
+    script = tmp_path / "plain-cc"
+    script.write_text('#!/bin/sh\ncase "$*" in *-fopenmp*) echo no OpenMP >&2; exit 1;; esac\nexec cc "$@"\n')
+    script.chmod(0o700)
+    monkeypatch.setenv("CC", str(script))
+    model, ids = make(tiny()), torch.randint(V, (2, 8))
+    expected = logits_of(model, ids, None)
+    with cpu_threads(3):
+        torch.testing.assert_close(logits_of(model, ids, NativeStep(model)), expected, rtol=1e-4, atol=2e-5)
+
+
+BROKEN = [
+    ("/no/such/cc", r"no C compiler \(/no/such/cc\) is installed"),
+    ("false", "false could not compile decode.c: exit 1"),
+    ("sh -c 'echo bad flag >&2; exit 4'", "sh could not compile decode.c: bad flag"),
+    ("true", "what true made cannot be loaded"),
+    ("/", "could not compile decode.c"),
+    ("sleep 60 #", "could not compile decode.c"),
+]
+
+
+@pytest.mark.parametrize(("compiler_command", "message"), BROKEN, ids=[command for command, _ in BROKEN])
+def test_without_a_compiler_operators_decode_and_that_is_said(
+    compiler_command: str, message: str, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", compiler_command)
+    monkeypatch.setattr(compiler, "PATIENCE", 2)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    with pytest.raises(MinigptError, match=message):
+        compiler.decode_library("bf16")
+    runtime = choose_decoding_runtime(RuntimeConfig(device="cpu"), 10_000_000)
+    assert (runtime.precision, runtime.compile) == ("fp32", False)
+    [note] = [note for note in runtime.notes if note.startswith("compile")]
+    assert "\n" not in note
+    assert note.startswith("compile: off, decoding is slower without (")
+    assert not cache_folder.exists()
+
+
+def test_compile_false_leaves_it_out_and_says_nothing(cache_folder: Path) -> None:
+    runtime = choose_decoding_runtime(RuntimeConfig(device="cpu", compile=False), 1000)
+    assert (runtime.compile, runtime.notes) == (False, ())
+    assert not cache_folder.exists()
+
+
+@pytest.mark.parametrize("define", [(), ("-DBF16",)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("machine", ["-march=native", "-march=x86-64", "-march=x86-64-v3"])
+def test_it_compiles_without_a_warning_for_other_processors_too(
+    define: tuple[str, ...], machine: str, tmp_path: Path
+) -> None:
+    if machine != "-march=native" and os.uname().machine != "x86_64":
+        pytest.skip("another kind of processor")
+    strict = ["-Wall", "-Wextra", "-Werror", *compiler.FLAGS, *compiler.THREADS, *define, machine]
+    done = subprocess.run(
+        ["cc", *strict, str(compiler.SOURCE), "-o", str(tmp_path / "x.so"), "-lm"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_two_processes_may_compile_at_the_same_time(tmp_path: Path) -> None:
+    code = "from minigpt_cli.core.compiler import decode_library; decode_library('fp32').step"
+    here = os.environ | {"PYTHONPATH": str(Path(minigpt_cli.__file__).parents[1])}
+    running = [
+        subprocess.Popen([sys.executable, "-c", code], env=here | {"XDG_CACHE_HOME": str(tmp_path)}) for _ in range(3)
+    ]
+    assert [process.wait(60) for process in running] == [0, 0, 0]
+    assert len(list((tmp_path / "minigpt").iterdir())) == 1
