@@ -107,7 +107,7 @@ static inline __attribute__((always_inline)) void tile(
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES)
         for (int r = 0; r < ROWS; r++) {
-            __builtin_prefetch(row[r] + ROWS * n + i); /* the next tile: processors foresee one row, but not four */
+            __builtin_prefetch(row[r] + 4 * ROWS * n + i); /* processors foresee what one row needs, but not four */
             lanes weights = load_wide(row[r] + i);
             for (int b = 0; b < streams; b++) sums[r][b] += weights * load(x + b * n + i);
         }

@@ -6,6 +6,7 @@ Shapes: B samples side by side, P prompt, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,6 @@ class Sampling:
     top_p: float | None = None
 
 
-@torch.inference_mode()
 def generate(
     model: GPT, prompt_BP: Tensor, n_tokens: int, sampling: Sampling, *,
     generator: torch.Generator | None = None, exact_window: bool = False,
@@ -56,35 +56,38 @@ def generate(
     model.eval()
     window = model.config.block_size
     weight = model.token_embedding.weight
-    cache = KVCache(prompt_BP.shape[0], model.config, weight.device, compute_dtype(weight))
+    inference = torch.inference_mode()
+    with inference:
+        cache = KVCache(prompt_BP.shape[0], model.config, weight.device, compute_dtype(weight))
+        total = torch.zeros((), device=weight.device)  # of all logits not looked at yet: finite if they are
+        recorded = RecordedStep(model, cache, prompt_BP.shape[0], record) if record else None
     new_BT = prompt_BP[:, -window:]
     context = deque(new_BT.split(1, dim=1), maxlen=window)  # the newest tokens, one (B, 1) each
-    recorded = RecordedStep(model, cache, prompt_BP.shape[0], record) if record else None
     threads = ThreadChoice(thread_numbers(model, prompt_BP.shape[0]))
-    largest = torch.zeros((), device=weight.device)  # of all logits so far; NaN, once there was one
     for n in range(1, n_tokens + 1):
-        if cache.length + new_BT.shape[1] > window and (exact_window or not model.slides):
-            cache.clear()
-            kept = window if exact_window else max(1, window // 2)
-            new_BT = torch.cat(list(context)[-kept:], dim=1)
-        single = new_BT.shape[1] == 1
-        logits_BV = None
-        if recorded and single and n > WARM_UP:
-            try:
-                logits_BV = recorded(new_BT)
-            except RuntimeError as error:
-                recorded = None
-                note(f"CUDA graph: failed, going on without it ({first_line(error)})")
-        if logits_BV is None:
-            with threads.step() if single else contextlib.nullcontext():
-                logits_BV = model(new_BT, cache)[:, -1].float()
-        largest = torch.maximum(largest, logits_BV.abs().amax())
-        if (weight.is_cpu or n % CHECK_EVERY == 0 or n == n_tokens) and not largest < float("inf"):
-            raise MinigptError("the model's output is not finite: its weights are damaged, or training diverged")
-        ids_B = choose(logits_BV, sampling, generator)
+        with inference:
+            if cache.length + new_BT.shape[1] > window and (exact_window or not model.slides):
+                cache.clear()
+                kept = window if exact_window else max(1, window // 2)
+                new_BT = torch.cat(list(context)[-kept:], dim=1)
+            single = new_BT.shape[1] == 1
+            logits_BV = None
+            if recorded and single and n > WARM_UP:
+                try:
+                    logits_BV = recorded(new_BT)
+                except RuntimeError as error:
+                    recorded = None
+                    note(f"CUDA graph: failed, going on without it ({first_line(error)})")
+            if logits_BV is None:
+                with threads if single else contextlib.nullcontext():
+                    logits_BV = model(new_BT, cache)[:, -1].float()
+            total = logits_BV.sum() if weight.is_cpu else total + logits_BV.sum()
+            if (weight.is_cpu or n % CHECK_EVERY == 0 or n == n_tokens) and not math.isfinite(total):
+                raise MinigptError("the model's output is not finite: its weights are damaged, or training diverged")
+            ids_B = choose(logits_BV, sampling, generator)
+            new_BT = ids_B[:, None]
+            context.append(new_BT)
         yield ids_B, logits_BV
-        new_BT = ids_B[:, None]
-        context.append(new_BT)
 
 
 def read_back(steps: Iterator[tuple[Tensor, Tensor]], every: int) -> Iterator[list[int]]:

@@ -64,7 +64,7 @@ class NativeStep:
             )))
             for block in blocks
         ))  # fmt: skip
-        self._caches: WeakKeyDictionary[KVCache, ctypes.Array[c_void_p]] = WeakKeyDictionary()
+        self._caches: WeakKeyDictionary[KVCache, tuple[ctypes.Array[c_void_p], Tensor]] = WeakKeyDictionary()
         position = model.position_embedding
         self._model = _Model(
             config.n_layer, model.token_embedding.num_embeddings, config.n_embd, config.n_head,
@@ -88,27 +88,33 @@ class NativeStep:
         if cache.batch != B:
             raise ValueError(f"{B} new tokens, but a cache of {cache.batch} streams")
         if cache not in self._caches:
-            self._caches[cache] = self._pointers(cache)
-        ids_B = ids_B1.reshape(-1).contiguous()
-        lengths_B = start.position.contiguous() if isinstance(start, Place) else torch.full((B,), start)
-        memory = torch.empty(self._library.scratch(byref(self._model), c_int64(B), c_int64(threads)))
-        logits_BV = torch.empty(B, self.vocab_size)
+            self._caches[cache] = self._buffers(cache)
+        layers, memory = self._caches[cache]
+        if (wanted := self._library.scratch(byref(self._model), c_int64(B), c_int64(threads))) > len(memory):
+            layers, memory = self._caches[cache] = layers, torch.empty(wanted)
+        ids_B1 = ids_B1.contiguous()
+        if isinstance(start, Place):
+            lengths_B = start.position.contiguous()
+            lengths: object = c_void_p(lengths_B.data_ptr())
+        else:
+            lengths = (c_int64 * B)(*[start] * B)
+        logits_B1V = torch.empty(B, 1, self.vocab_size)
         if self._library.step(
-            byref(self._model), self._caches[cache], c_int64(B), c_void_p(ids_B.data_ptr()),
-            c_void_p(lengths_B.data_ptr()), c_void_p(logits_BV.data_ptr()), c_void_p(memory.data_ptr()), c_int(threads),
+            byref(self._model), layers, c_int64(B), c_void_p(ids_B1.data_ptr()), lengths,
+            c_void_p(logits_B1V.data_ptr()), c_void_p(memory.data_ptr()), c_int(threads),
         ):  # fmt: skip
             raise IndexError("a token or a position that the model does not have")
-        return logits_BV[:, None]
+        return logits_B1V
 
-    def _pointers(self, cache: KVCache) -> ctypes.Array[c_void_p]:
-        """Where each layer's keys and values begin."""
+    def _buffers(self, cache: KVCache) -> tuple[ctypes.Array[c_void_p], Tensor]:
+        """Where each layer's keys and values begin; and no working memory yet."""
         parts = [part for layer in cache.layers for part in (layer.k_BHSD, layer.v_BHSD)]
         shape = (cache.batch, self._model.G, self._model.S, self._model.D)
         if len(parts) != 2 * self._model.n_layer or any(
             part.shape != shape or part.dtype != self.dtype or not part.is_contiguous() for part in parts
         ):
             raise ValueError(f"the cache is not {self._model.n_layer} layers of {shape} in {self.dtype}")
-        return (c_void_p * len(parts))(*(part.data_ptr() for part in parts))
+        return (c_void_p * len(parts))(*(part.data_ptr() for part in parts)), torch.empty(0)
 
 
 def _affine(module: nn.Module | None) -> _Affine:

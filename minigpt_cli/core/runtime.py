@@ -263,21 +263,21 @@ class ThreadChoice:
     """
 
     def __init__(self, numbers: Sequence[int]) -> None:
-        self.seconds = dict.fromkeys(numbers, 0.0)  # of the last step with each; 0 has not been tried
+        self.first = [*numbers, *numbers]  # each is tried twice: a first step is a slow one
+        self.seconds = dict.fromkeys(numbers, float("inf"))  # of the last step with each
 
-    @contextlib.contextmanager
-    def step(self) -> Iterator[None]:
-        n, before = min(self.seconds, key=lambda number: self.seconds[number]), torch.get_num_threads()
-        start = time.perf_counter()
-        torch.set_num_threads(n)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
-        took, last = time.perf_counter() - start, self.seconds[n]
+    def __enter__(self) -> None:
+        """A step begins."""
+        self.before, self.start = torch.get_num_threads(), time.perf_counter()
+        self.number = self.first.pop() if self.first else min(self.seconds, key=self.seconds.__getitem__)
+        torch.set_num_threads(self.number)
+
+    def __exit__(self, *failure: object) -> None:
+        torch.set_num_threads(self.before)
+        took, last = time.perf_counter() - self.start, self.seconds[self.number]
         for number in self.seconds:
             self.seconds[number] *= 0.99
-        self.seconds[n] = min(took, 4 * last) if last else took  # one bad moment is not held against it for long
+        self.seconds[self.number] = min(took, 4 * last)  # one bad moment is not held against it for long
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -158,7 +158,7 @@ class Engine:
                 stream.score_prompt(self._forward(stream.pending[:-1], cache, single=False))
         ids_B1 = torch.tensor([stream.pending[-1:] for stream in streams], device=self._device)
         lengths = [cache.length for cache in caches]
-        with self._threads[len(streams)].step():
+        with self._threads[len(streams)]:
             logits_BV = self._together(ids_B1, lengths)
         for cache in caches:
             cache.length += 1
@@ -167,7 +167,7 @@ class Engine:
     def _forward(self, ids: list[int], cache: KVCache, single: bool) -> Tensor:
         """Logits (T, V) of one text's next tokens."""
         ids_1T = torch.tensor([ids], device=self._device)
-        with self._threads[1].step() if single else contextlib.nullcontext():
+        with self._threads[1] if single else contextlib.nullcontext():
             return self.model(ids_1T, cache)[0]
 
     def _together(self, ids_B1: Tensor, lengths: list[int]) -> Tensor:
