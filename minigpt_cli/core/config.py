@@ -150,7 +150,7 @@ class TrainConfig(Section):
 class RuntimeConfig(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$")] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    compile: Literal["auto"] | bool = "auto"
+    compile: Literal["auto"] | bool = "auto"  # torch.compile for training; decode.c for decoding on a CPU
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"  # under torchrun: copies of the model, or slices
     checkpoints: Literal["file", "sharded"] = "file"  # gathered in one file; or a folder with a part from every rank
     checkpoint_activations: bool = False  # compute each block again on the way back, instead of keeping its insides

@@ -205,6 +205,17 @@ def test_what_the_model_does_not_have_is_refused_and_nothing_is_written(tiny: Ti
         NativeStep(make(tiny()).half())
 
 
+def test_a_new_option_is_not_forgotten() -> None:
+    """Whoever adds one to ModelConfig: add it to decode.c and native.py as well, then here."""
+    of_no_account = {"dropout", "dropout_attn", "dropout_proj", "dropout_mlp", "init", "zero_init"}  # for one token
+    repeated = {
+        "n_layer", "n_head", "n_embd", "block_size", "position", "rope_base", "norm", "norm_eps", "qk_norm",
+        "n_kv_head", "head_width", "mlp", "mlp_width", "bias", "bias_qkv", "bias_head", "tie_weights", "vocab_multiple",
+        "logit_softcap",
+    }  # fmt: skip
+    assert ModelConfig.model_fields.keys() == of_no_account | repeated
+
+
 def test_the_names_of_a_config_are_numbered_as_in_the_c_file() -> None:
     source = compiler.SOURCE.read_text(encoding="utf-8")
     assert f"{{ {', '.join(name.upper() for name in native.MLPS)} }} Mlp;" in source
