@@ -80,7 +80,7 @@ def sample(
         prompt = read_prompt(prompt_file)
     from minigpt_cli.core.checkpoint import load
     from minigpt_cli.core.config import RuntimeConfig, parse_section
-    from minigpt_cli.core.runtime import require_device
+    from minigpt_cli.core.runtime import require_runtime
     from minigpt_cli.core.writer import Writer, checked_sampling
 
     sampling = checked_sampling(
@@ -89,7 +89,7 @@ def sample(
     if show_probs and precision == "auto":
         precision = "fp32"  # whoever reads every number wants exact ones, and reads slowly
     asked = parse_section(RuntimeConfig, {"device": device, "precision": precision}, "sample")
-    require_device(asked.device)  # a device that is not there is said before a large file is read
+    require_runtime(asked)  # a device that is not there is said before a large file is read
     checkpoint = load(ckpt, weights_only=True)
     tokenizer, window = checkpoint.tokenizer, checkpoint.config.model.block_size
     length = len(tokenizer.encode(prompt)) if prompt else 0

@@ -59,14 +59,14 @@ def serve(
     from minigpt_cli.core.checkpoint import load
     from minigpt_cli.core.config import RuntimeConfig, parse_section
     from minigpt_cli.core.generate import for_decoding
-    from minigpt_cli.core.runtime import choose_decoding_runtime, describe_device, require_device
+    from minigpt_cli.core.runtime import choose_decoding_runtime, describe_device, require_runtime
     from minigpt_cli.core.signals import StopSignals
     from minigpt_cli.extras.serve.api import Completions
     from minigpt_cli.extras.serve.engine import Engine
     from minigpt_cli.extras.serve.server import Served, listen, make_app, run
 
     asked = parse_section(RuntimeConfig, {"device": device, "precision": precision}, "serve")
-    require_device(asked.device)  # a device that is not there is said before a large file is read
+    require_runtime(asked)  # a device that is not there is said before a large file is read
     with StopSignals() as stop, listen(host, port) as listening:
         checkpoint = load(ckpt, weights_only=True)
         model = checkpoint.model()

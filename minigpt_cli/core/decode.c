@@ -209,7 +209,7 @@ int step(
     const int64_t heads = H + 2 * G, group = G ? H / G : 0, up = m->mlp == SWIGLU ? 2 * F : F;
     float *x_BC = memory, *qkv = x_BC + B * C, *y_BHD = qkv + B * heads * D, *u = y_BHD + B * H * D, *act_BF = u + B * up;
     for (int64_t b = 0; b < B; b++)
-        if (ids[b] < 0 || ids[b] >= m->tokens || (m->position_embedding && lengths[b] >= S)) return 1;
+        if (ids[b] < 0 || ids[b] >= m->tokens || lengths[b] < 0 || (m->position_embedding && lengths[b] >= S)) return 1;
 
     #pragma omp parallel num_threads(threads)
     {

@@ -59,7 +59,7 @@ def generate(
     inference = torch.inference_mode()
     with inference:
         cache = KVCache(prompt_BP.shape[0], model.config, weight.device, compute_dtype(weight))
-        total = torch.zeros((), device=weight.device)  # of all logits not looked at yet: finite if they are
+        total = torch.zeros((), device=weight.device)  # of all logits so far, on a GPU: finite if they are
         recorded = RecordedStep(model, cache, prompt_BP.shape[0], record) if record else None
     new_BT = prompt_BP[:, -window:]
     context = deque(new_BT.split(1, dim=1), maxlen=window)  # the newest tokens, one (B, 1) each

@@ -43,7 +43,7 @@ class NativeStep:
     """A model's forward pass for one new token of each stream. Its weights must stay where they are.
 
     Raises MinigptError where there is no such library (`decode_library`), TypeError for weights of other dtypes than
-    `PRECISIONS`, or of several.
+    `PRECISIONS`, or of several, and for blocks that are not `Block`s.
     """
 
     def __init__(self, model: GPT) -> None:
@@ -57,6 +57,9 @@ class NativeStep:
         self._library.scratch.restype = c_int64
         self._kept = [p.detach() for p in model.parameters()]  # what the pointers point to
         blocks = [block for block in model.blocks if isinstance(block, Block)]
+        if len(blocks) != len(model.blocks):
+            raise TypeError("blocks of a kind of their own")
+        heads = (config.n_head, config.n_kv_head or config.n_head, config.each_head) if blocks else (0, 0, 0)
         self._blocks = (_Block * len(blocks))(*(
             _Block(*map(_affine, (
                 block.norm_attn, block.attn.qkv, block.attn.norm_q, block.attn.norm_k, block.attn.proj,
@@ -67,8 +70,7 @@ class NativeStep:
         self._caches: WeakKeyDictionary[KVCache, tuple[ctypes.Array[c_void_p], Tensor]] = WeakKeyDictionary()
         position = model.position_embedding
         self._model = _Model(
-            config.n_layer, model.token_embedding.num_embeddings, config.n_embd, config.n_head,
-            config.n_kv_head or config.n_head, config.each_head, config.block_size,
+            len(blocks), model.token_embedding.num_embeddings, config.n_embd, *heads, config.block_size,
             blocks[0].mlp.down.in_features if blocks else 0, model.vocab_size,
             NORMS.index(config.norm), MLPS.index(config.mlp), config.position == "rope",
             config.rope_base, norm_eps(config), config.logit_softcap or 0.0,
@@ -91,14 +93,16 @@ class NativeStep:
             self._caches[cache] = self._buffers(cache)
         layers, memory = self._caches[cache]
         if (wanted := self._library.scratch(byref(self._model), c_int64(B), c_int64(threads))) > len(memory):
-            layers, memory = self._caches[cache] = layers, torch.empty(wanted)
-        ids_B1 = ids_B1.contiguous()
+            layers, memory = self._caches[cache] = layers, _floats(wanted)
+        ids_B1 = ids_B1.to("cpu", torch.int64).contiguous()
         if isinstance(start, Place):
-            lengths_B = start.position.contiguous()
+            lengths_B = start.position.to("cpu", torch.int64).contiguous()
+            if len(lengths_B) != B:
+                raise ValueError(f"{B} new tokens, but {len(lengths_B)} positions")
             lengths: object = c_void_p(lengths_B.data_ptr())
         else:
             lengths = (c_int64 * B)(*[start] * B)
-        logits_B1V = torch.empty(B, 1, self.vocab_size)
+        logits_B1V = _floats(B, 1, self.vocab_size)
         if self._library.step(
             byref(self._model), layers, c_int64(B), c_void_p(ids_B1.data_ptr()), lengths,
             c_void_p(logits_B1V.data_ptr()), c_void_p(memory.data_ptr()), c_int(threads),
@@ -114,7 +118,7 @@ class NativeStep:
             part.shape != shape or part.dtype != self.dtype or not part.is_contiguous() for part in parts
         ):
             raise ValueError(f"the cache is not {self._model.n_layer} layers of {shape} in {self.dtype}")
-        return (c_void_p * len(parts))(*(part.data_ptr() for part in parts)), torch.empty(0)
+        return (c_void_p * len(parts))(*(part.data_ptr() for part in parts)), _floats(0)
 
 
 def _affine(module: nn.Module | None) -> _Affine:
@@ -128,3 +132,8 @@ def _pointer(weight: Tensor | None) -> int | None:
     assert weight.is_contiguous()
     assert weight.is_cpu
     return weight.data_ptr()
+
+
+def _floats(*shape: int) -> Tensor:
+    """Room for what C writes, whatever PyTorch's defaults are set to."""
+    return torch.empty(*shape, dtype=torch.float32, device="cpu")

@@ -218,9 +218,11 @@ def _choose_native(asked: bool | str, device: torch.device, precision: str) -> t
         return False, f"compile: off, decoding is slower without ({error})"
 
 
-def require_device(asked: str) -> None:
-    """Raises UserError when this machine has no such device."""
-    _choose_device(asked, ALONE)
+def require_runtime(config: RuntimeConfig) -> None:
+    """Raises UserError when the config asks for a device, or a precision, that this machine has not."""
+    device, _ = _choose_device(config.device, ALONE)
+    if config.precision != "auto":
+        _choose_precision(config.precision, device, 1, 1)
 
 
 def seed_everything(*key: int) -> None:
