@@ -14,12 +14,14 @@ from typing import Annotated
 import torch
 import typer
 
+from minigpt_cli.core import generate as generation
 from minigpt_cli.core.config import Config, load_config, parse_override
 from minigpt_cli.core.generate import Sampling, for_decoding, generate, read_back
 from minigpt_cli.core.layers import KVCache
 from minigpt_cli.core.model import GPT
 from minigpt_cli.core.native import MOST_STREAMS
-from minigpt_cli.core.runtime import choose_decoding_runtime, cpu_threads
+from minigpt_cli.core.runtime import choose_decoding_runtime
+from runs import cpu_threads
 
 VOCABULARY = 65
 
@@ -42,7 +44,8 @@ def main(
         for behind, threads in places:
             ours, theirs = steps(model, count, behind, threads, rounds)
             print(f"| {count} | {behind} | {threads} | {ours:.3f} | {theirs:.3f} |")
-    print(f"\n`generate`, {tokens} tokens, each: {whole(model, tokens):.3f} ms")
+    for name, numbers in {"chosen as it goes": (1, every), "1": (1,), str(every): (every,)}.items():
+        print(f"`generate`, {tokens} tokens, threads {name}: {whole(model, tokens, numbers):.3f} ms each")
 
 
 def decoder(config: Config) -> GPT:
@@ -68,8 +71,9 @@ def steps(model: GPT, streams: int, behind: int, threads: int, rounds: int) -> l
     return [1e3 * statistics.median(times) for times in seconds]
 
 
-def whole(model: GPT, tokens: int) -> float:
+def whole(model: GPT, tokens: int, threads: tuple[int, ...]) -> float:
     """Milliseconds a token of a text takes, with what chooses and hands it over."""
+    generation.thread_numbers = lambda *_: threads
     seconds = []
     for _ in range(12):
         start = time.perf_counter()

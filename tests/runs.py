@@ -5,20 +5,42 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from minigpt_cli.core.config import Config, parse_config
+from minigpt_cli.core.config import Config, ModelConfig, parse_config
 from minigpt_cli.core.dataset import Dataset
 from minigpt_cli.core.metrics import JsonLines, Listener
+from minigpt_cli.core.model import GPT
 from minigpt_cli.core.run import RunFolder, open_run
 from minigpt_cli.core.runtime import Runtime
 from minigpt_cli.core.train import Result, train
+
+
+@contextmanager
+def cpu_threads(n: int) -> Iterator[None]:
+    """PyTorch computes with `n` threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def varied_model(config: ModelConfig, vocab_size: int, by: float) -> GPT:
+    """A model in evaluation whose weights are large enough for every part to matter, and for varied text."""
+    model = GPT(config, vocab_size).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=by)
+    return model
+
 
 RunTraining = Callable[..., "tuple[RunFolder, Recorder, Result]"]
 CPU = Runtime(torch.device("cpu"), "fp32", compile=False)

@@ -190,7 +190,7 @@ def for_decoding(model: GPT, runtime: Runtime) -> GPT:
 def thread_numbers(model: GPT, streams: int) -> Sequence[int]:
     """With which numbers of CPU threads a single token may be computed: that must not change what comes out."""
     every = torch.get_num_threads()
-    if model.native is not None:
+    if isinstance(model.native, NativeStep) and model.native.takes(streams):
         return (1, every)
     if not model.token_embedding.weight.is_cpu or streams > 1:
         return (every,)

@@ -78,6 +78,10 @@ class NativeStep:
             _affine(model.norm), _affine(model.head), ctypes.cast(self._blocks, c_void_p),
         )  # fmt: skip
 
+    def takes(self, streams: int) -> bool:
+        """Whether it computes so many at once. Then the result does not depend on the number of threads."""
+        return streams <= MOST_STREAMS[self.precision]
+
     def __call__(self, ids_B1: Tensor, cache: KVCache, start: int | Place) -> Tensor | None:
         """Logits (B, 1, V) in float32; keys and values go into the cache, behind `start` others. None, and nothing
         done, where there are so many streams that the model's own forward pass is faster.
@@ -85,7 +89,7 @@ class NativeStep:
         Raises IndexError for a token or a position that the model does not have.
         """
         B, threads = len(ids_B1), torch.get_num_threads()
-        if MOST_STREAMS[self.precision] < B:
+        if not self.takes(B):
             return None
         if cache.batch != B:
             raise ValueError(f"{B} new tokens, but a cache of {cache.batch} streams")

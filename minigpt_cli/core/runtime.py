@@ -246,17 +246,6 @@ def memory_advice(config: TrainConfig, device: torch.device, ranks: int = 1) -> 
         raise MinigptError(f"out of memory on {device} with {rows:,} sequences at a time; {remedy}") from None
 
 
-@contextlib.contextmanager
-def cpu_threads(n: int) -> Iterator[None]:
-    """Compute with `n` threads inside the block. Switching takes no time worth counting."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 class ThreadChoice:
     """How many CPU threads a short step, taken over and over, is given: the number that was fastest when last tried.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from minigpt_cli.core.errors import MinigptError
 from minigpt_cli.core.generate import RecordedStep, Sampling, choose, for_decoding, generate, read_back, step_at
 from minigpt_cli.core.layers import KVCache
 from minigpt_cli.core.model import GPT
-from minigpt_cli.core.runtime import Runtime, cpu_threads
+from minigpt_cli.core.runtime import Runtime
 from oracle.generate import crop_and_recompute, keep_half_and_recompute
 from oracle.weights import naive_twin
+from runs import cpu_threads, varied_model
 
 Tiny = Callable[..., ModelConfig]
 V = 11
@@ -25,13 +27,7 @@ BF16 = Runtime(torch.device("cpu"), "bf16", compile=False)
 GREEDY = Sampling(temperature=0.0)
 
 
-def make(config: ModelConfig) -> GPT:
-    """A model in evaluation, with weights large enough for varied text."""
-    model = GPT(config, V).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.4)
-    return model
+make = partial(varied_model, vocab_size=V, by=0.4)
 
 
 def ids_of(model: GPT, prompt: Tensor, n: int, sampling: Sampling = GREEDY, **options: object) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from minigpt_cli.core.layers import KVCache, rotary_table, rotate
 from minigpt_cli.core.model import GPT, lm_loss
 from minigpt_cli.core.runtime import Runtime
 from oracle.weights import naive_twin
-from runs import MODEL_CHOICES
+from runs import MODEL_CHOICES, varied_model
 
 Tiny = Callable[..., ModelConfig]
 V = 11
@@ -33,13 +34,7 @@ SHAPES: dict[str, dict[str, object]] = {
 }
 
 
-def make(config: ModelConfig) -> GPT:
-    """A model in evaluation whose weights are large enough for every part to matter."""
-    model = GPT(config, V).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.15)
-    return model
+make = partial(varied_model, vocab_size=V, by=0.15)
 
 
 def fresh_cache(model: GPT, batch: int) -> KVCache:

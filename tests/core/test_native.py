@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,10 @@ from minigpt_cli.core.generate import Sampling, for_decoding, generate, step_at,
 from minigpt_cli.core.layers import ACTIVATIONS, KVCache
 from minigpt_cli.core.model import GPT
 from minigpt_cli.core.native import MOST_STREAMS, NativeStep
-from minigpt_cli.core.runtime import Runtime, choose_decoding_runtime, cpu_threads
+from minigpt_cli.core.runtime import Runtime, choose_decoding_runtime
 from oracle.generate import keep_half_and_recompute
 from oracle.weights import naive_twin
-from runs import MODEL_CHOICES
+from runs import MODEL_CHOICES, cpu_threads, varied_model
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("cc") is None, reason="decode.c needs Linux and a C compiler"
@@ -43,13 +44,7 @@ CPU = torch.device("cpu")
 NATIVE, NATIVE_BF16 = (Runtime(CPU, precision, compile=True) for precision in ("fp32", "bf16"))
 
 
-def make(config: ModelConfig) -> GPT:
-    """A model in evaluation, with weights large enough for every part to matter."""
-    model = GPT(config, V).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.15)
-    return model
+make = partial(varied_model, vocab_size=V, by=0.15)
 
 
 def logits_of(model: GPT, ids_BT: Tensor, step: NativeStep | None) -> Tensor:
@@ -152,9 +147,11 @@ def test_the_clock_decides_how_many_threads_and_the_text_stays_the_same(
     model, texts = for_decoding(make(tiny(n_embd=256, block_size=64)), NATIVE_BF16), []
     step, seen = model.native, list[int]()
     assert step is not None
+    with cpu_threads(2):
+        both = thread_numbers(model, 1)
     model.native = lambda *given: (seen.append(torch.get_num_threads()), step(*given))[1]
     with cpu_threads(2):
-        for numbers in (thread_numbers(model, 1), (1,), (2,)):
+        for numbers in (both, (1,), (2,)):
             monkeypatch.setattr("minigpt_cli.core.generate.thread_numbers", lambda *_, found=numbers: found)
             generator = torch.Generator().manual_seed(1)
             steps = list(generate(model, torch.zeros(1, 1, dtype=torch.long), 30, Sampling(), generator=generator))
@@ -174,6 +171,8 @@ def test_many_streams_are_left_to_the_model(precision: str, tiny: Tiny) -> None:
     for streams in (1, most, most + 1):
         list(generate(model, torch.zeros(streams, 2, dtype=torch.long), 3, Sampling()))
     assert seen == [1, most] + [most + 1] * 3  # the prompts; and of the last, every token
+    with cpu_threads(2):  # what the model computes may be rounded otherwise by another number of threads
+        assert [thread_numbers(model, streams) for streams in (1, most, most + 1)] == [(1, 2), (1, 2), (2,)]
 
 
 @pytest.mark.parametrize("mlp", ACTIVATIONS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import sys
 from collections.abc import Callable
@@ -24,7 +23,6 @@ from minigpt_cli.core.runtime import (
     _choose_compile,
     choose_decoding_runtime,
     choose_runtime,
-    cpu_threads,
     peak_memory_bytes,
     seed_everything,
 )
@@ -86,14 +84,6 @@ def test_sampling_in_bf16_depends_on_the_machine_and_the_model_and_not_on_the_cl
     assert (runtime.precision, runtime.compile) == (expected, COMPILES)
     said = [note for note in runtime.notes if note.startswith("precision: bf16")]
     assert len(said) == (asked == "auto" and expected == "bf16")
-
-
-def test_a_number_of_threads_holds_inside_the_block_only() -> None:
-    before = torch.get_num_threads()
-    with contextlib.suppress(ZeroDivisionError), cpu_threads(3):
-        assert torch.get_num_threads() == 3
-        raise ZeroDivisionError
-    assert torch.get_num_threads() == before
 
 
 def test_threads_are_as_many_as_were_fastest_and_the_others_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from minigpt_cli.core.model import GPT
 from minigpt_cli.core.runtime import Runtime
 from minigpt_cli.extras.serve.engine import Busy, Engine, Stopping
 from minigpt_cli.extras.serve.stream import Order, Stream
+from runs import varied_model
 
 V = 40
 PIECES = [chr(0x61 + i).encode() for i in range(V)]  # ASCII, and then some of two bytes
@@ -29,12 +31,7 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-def make(config: ModelConfig) -> GPT:
-    model = GPT(config, V).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.4)
-    return model
+make = partial(varied_model, vocab_size=V, by=0.4)
 
 
 @contextmanager
