@@ -244,6 +244,9 @@ def test_other_paths_and_methods_are_errors_of_the_same_form(
 def test_nothing_in_a_request_drives_the_terminal_that_shows_the_log(server: Server) -> None:
     assert server.errors is not None
     server.fetch("GET", "/%0Aforged%20line%1b[31m")
+    deadline = time.monotonic() + 10
+    while "forged" not in server.errors.read_text() and time.monotonic() < deadline:
+        time.sleep(0.01)  # the line is written after the answer
     (line,) = (line for line in server.errors.read_text().splitlines() if "forged" in line)
     assert line.startswith("127.0.0.1 GET /%0Aforged%20line%1b[31m 404 ")
 
