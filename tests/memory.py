@@ -27,8 +27,10 @@ from minigpt_cli.core.world import joined
 SHAPES: dict[str, tuple[str, int, int, str]] = {  # what it is: config, vocabulary, ranks, settings
     "gpt, batch 8": ("gpt", 65, 1, "train.batch_size=8"),
     "gpt, batch 32 by 8": ("gpt", 65, 1, "train.batch_size=32 train.micro_batch_size=8"),
-    "modern, batch 16": ("modern", 65, 1, "train.batch_size=16"),
-    "modern, batch 16, recomputing": ("modern", 65, 1, "train.batch_size=16 runtime.checkpoint_activations=true"),
+    "modern, batch 16": ("modern", 65, 1, "model.dropout=0.2 train.batch_size=16"),
+    "modern, batch 16, recomputing": (
+        "modern", 65, 1, "model.dropout=0.2 train.batch_size=16 runtime.checkpoint_activations=true",
+    ),
     "gpt2, context 256, batch 1": (
         "gpt2", 50257, 1, "model.block_size=256 train.batch_size=1 train.micro_batch_size=1",
     ),
@@ -58,7 +60,11 @@ def grown(config: Config, vocab_size: int, runtime: Runtime) -> int:
 def one(name: str, precision: str, device: str) -> None:
     """Print the result of one shape as JSON."""
     config_name, vocab_size, _, settings = SHAPES[name]
-    overrides = [("train.max_iters", 100), *(parse_override(text) for text in settings.split())]
+    overrides = [
+        ("train.max_iters", 100),
+        ("train.weight_decay", 0.1),
+        *(parse_override(text) for text in settings.split()),
+    ]
     config = load_config(config_name, overrides)
     with joined() as world:
         parallel = config.runtime.parallel if world.size > 1 else "none"

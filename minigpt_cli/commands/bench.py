@@ -86,6 +86,7 @@ def _measure(
     from minigpt_cli.core.dataset import Dataset, require_known_tokens, require_window
     from minigpt_cli.core.measure import measure_decoding, measure_training, random_tokens
     from minigpt_cli.core.model import GPT
+    from minigpt_cli.core.optim import resolved
     from minigpt_cli.core.runtime import choose_decoding_runtime, choose_runtime, describe_device
     from minigpt_cli.core.tokenizer import from_json
     from minigpt_cli.extras.baselines import race
@@ -102,6 +103,7 @@ def _measure(
     require_window(data, chosen.model.block_size)
     require_known_tokens(data, vocab_size, Path(chosen.data.path))
     parameters = GPT(chosen.model, vocab_size).parameter_counts()["total"]
+    chosen = resolved(chosen, len(data), parameters)
     decoder = choose_decoding_runtime(chosen.runtime, parameters)
     for line in (*runtime.notes, *(line for line in decoder.notes if line not in runtime.notes)):
         note(line)

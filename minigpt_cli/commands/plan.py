@@ -106,11 +106,11 @@ def _peak(config: Config, asked: Asked) -> tuple[float, str]:
 
 
 def _with_steps(config: Config, n_tokens: int | None, n_parameters: int) -> Config:
-    from minigpt_cli.core.optim import with_horizon
+    from minigpt_cli.core.optim import resolved
 
     if config.train.max_iters == "auto" and n_tokens is None:
         raise UserError("train.max_iters is auto, which follows from the tokens: say how many with --tokens")
-    return with_horizon(config, n_tokens or 0, n_parameters)
+    return resolved(config, n_tokens, n_parameters) if n_tokens is not None else config
 
 
 def _micro_batch(config: Config, asked: Asked) -> int:
@@ -172,7 +172,7 @@ def show_one_step(config: Config, dataset: Dataset, vocab_size: int, runtime: Ru
     from minigpt_cli.core.model import GPT
     from minigpt_cli.core.plan import plan_memory, setting_of
     from minigpt_cli.core.runtime import describe_device
-    from minigpt_cli.core.verdict import dropout_advice
+    from minigpt_cli.core.verdict import advice
 
     for line in runtime.notes:
         note(line)
@@ -193,6 +193,7 @@ def show_one_step(config: Config, dataset: Dataset, vocab_size: int, runtime: Ru
             ("steps per epoch", f"{len(dataset.train) / per_step:,.1f}"),
             ("steps", f"{train.steps:,}"),
             ("epochs", f"{train.steps * per_step / len(dataset.train):,.1f}"),
+            ("weight decay", f"{train.decay_strength:g}"),
             *((f"memory: {part} (planned)", size(n_bytes)) for part, n_bytes in memory.parts.items()),
             ("memory: most at once (planned)", f"{size(memory.peak)}, at {memory.moment}"),
             ("memory: peak in a real step", size(speed.peak_memory_bytes)),
@@ -203,6 +204,6 @@ def show_one_step(config: Config, dataset: Dataset, vocab_size: int, runtime: Ru
     )
     if not runtime.world.leads:
         return
-    if advice := dropout_advice(config, train.steps * per_step / len(dataset.train)):
-        print(safe(advice))
+    if said := advice(config, len(dataset.train), counts["total"]):
+        print(safe(said))
     print("Nothing was written.")

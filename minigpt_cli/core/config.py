@@ -96,7 +96,7 @@ class TrainConfig(Section):
     cooldown: Annotated[float, Field(gt=0, le=1)] = 0.2  # with wsd: the part of the steps in which the rate falls
     lr_decay_iters: Count | None = None  # where the schedule reaches min_lr; null: max_iters
     min_lr: Annotated[float, Field(ge=0)] = 0.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: Annotated[float, Field(ge=0)] | Literal["auto"] = 0.01  # auto: more, the more parameters per token
     decay: Literal["matrices", "all"] = "matrices"  # what weight decay applies to
     beta1: Probability = 0.9
     beta2: Probability = 0.999
@@ -126,6 +126,12 @@ class TrainConfig(Section):
         """`max_iters`, once it is a number."""
         assert self.max_iters != "auto", "resolve the config first"
         return self.max_iters
+
+    @property
+    def decay_strength(self) -> float:
+        """`weight_decay`, once it is a number."""
+        assert self.weight_decay != "auto", "resolve the config first"
+        return self.weight_decay
 
     @property
     def accumulation(self) -> int:

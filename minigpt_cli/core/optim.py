@@ -17,7 +17,11 @@ from minigpt_cli.core.sharding import like, local, whole
 MUON_MOMENTUM = 0.95
 MUON_BATCH = 1 << 26  # elements orthogonalised at a time: 256 MB in float32
 TOKENS_PER_PARAMETER = 20  # beyond which a larger model is the better use of time (Hoffmann et al. 2022)
-MOST_EPOCHS = 20  # beyond which reading the same text again teaches nothing more (docs/recipe.md)
+FEW_EPOCHS = 4  # up to which repeated text teaches nearly as much as new text (Muennighoff et al. 2023)
+MOST_EPOCHS = 12  # beyond which reading the same text again teaches little more (docs/recipe.md)
+USUAL_DECAY = 0.1
+MOST_DECAY = 0.1  # of a weight, in one step
+ADAMW_KEEPS = 5  # times as long as Muon, for the same loss (docs/recipe.md)
 
 
 def parameter_groups(model: GPT, config: TrainConfig) -> list[dict[str, Any]]:
@@ -31,9 +35,9 @@ def parameter_groups(model: GPT, config: TrainConfig) -> list[dict[str, Any]]:
     decayed = [p for p in others if config.decay == "all" or p.ndim >= 2]
     rest = [p for p in others if not (config.decay == "all" or p.ndim >= 2)]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p, _ in hidden], "rows": [rows for _, rows in hidden], "weight_decay": config.weight_decay,
+        {"params": [p for p, _ in hidden], "rows": [rows for _, rows in hidden], "weight_decay": config.decay_strength,
          "peak": config.muon_learning_rate},
-        {"params": decayed, "weight_decay": config.weight_decay, "peak": config.learning_rate},
+        {"params": decayed, "weight_decay": config.decay_strength, "peak": config.learning_rate},
         {"params": rest, "weight_decay": 0.0, "peak": config.learning_rate},
     ]  # fmt: skip
     return [group for group in groups if group["params"]]
@@ -128,17 +132,37 @@ def orthogonalized(m_NRC: Tensor) -> Tensor:
     return x if wide else x.transpose(1, 2)
 
 
-def with_horizon(config: Config, n_tokens: int, n_parameters: int) -> Config:
-    """The config with `max_iters: auto` made a number, for so many training tokens and so large a model.
+def resolved(config: Config, n_tokens: int, n_parameters: int) -> Config:
+    """The config with `max_iters` and `weight_decay` as numbers where they are auto, for this text and this model.
 
-    As many tokens as are worth it: 20 per parameter (Hoffmann et al. 2022, arXiv:2203.15556), but no more than 20
-    passes over the text (repeated tokens are worth ever less: Muennighoff et al. 2023, arXiv:2305.16264).
+    As many steps as are worth it: 20 tokens per parameter (Hoffmann et al. 2022, arXiv:2203.15556), but no more than
+    12 passes over the text (repeated tokens are worth ever less: Muennighoff et al. 2023, arXiv:2305.16264).
     """
-    if config.train.max_iters != "auto":
-        return config
-    tokens = min(TOKENS_PER_PARAMETER * n_parameters, MOST_EPOCHS * n_tokens)
-    steps = max(1, round(tokens / (config.train.batch_size * config.model.block_size)))
-    return config.model_copy(update={"train": config.train.model_copy(update={"max_iters": steps})})
+    train = config.train
+    if train.max_iters == "auto":
+        tokens = min(TOKENS_PER_PARAMETER * n_parameters, MOST_EPOCHS * n_tokens)
+        steps = max(1, round(tokens / (train.batch_size * config.model.block_size)))
+        train = train.model_copy(update={"max_iters": steps})
+    if train.weight_decay == "auto":
+        decay = fitting_decay(config.model_copy(update={"train": train}), n_tokens, n_parameters)
+        train = train.model_copy(update={"weight_decay": decay})
+    return config if train is config.train else config.model_copy(update={"train": train})
+
+
+def fitting_decay(config: Config, n_tokens: int, n_parameters: int) -> float:
+    """The weight decay that keeps a text of `n_tokens` from being learned by heart in `config.train.steps` steps.
+
+    The usual 0.1 up to four passes over the text. Then so much that, at the highest rate, weights keep what they
+    learned for 1 / sqrt(parameters per token) passes: more decay for larger models (Kim et al. 2025, arXiv:2509.14786),
+    and by passes, not steps (Wang & Aitchison 2024, arXiv:2405.13698). At most a tenth a step. With AdamW a fifth.
+    """
+    train = config.train
+    steps_per_epoch = n_tokens / (train.batch_size * config.model.block_size)
+    if train.steps <= FEW_EPOCHS * steps_per_epoch:
+        return USUAL_DECAY
+    rate = train.muon_learning_rate if train.optimizer == "muon" else ADAMW_KEEPS * train.learning_rate
+    a_step = min(MOST_DECAY, math.sqrt(n_parameters / n_tokens) / steps_per_epoch)
+    return max(USUAL_DECAY, float(f"{a_step / rate:.2g}"))
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:

@@ -21,7 +21,7 @@ from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.files import atomic_write
 from minigpt_cli.core.metrics import JsonLines, Listener, plot_losses
 from minigpt_cli.core.model import GPT
-from minigpt_cli.core.optim import with_horizon
+from minigpt_cli.core.optim import resolved
 from minigpt_cli.core.run import RunFolder, check_resumable, open_run
 from minigpt_cli.core.runtime import Runtime, Workload, choose_runtime
 from minigpt_cli.core.shards import open_sharded
@@ -95,7 +95,7 @@ def make_job(
         vocab_size = from_json(dataset.meta.tokenizer).vocab_size
         for split in (dataset.train, dataset.val):
             require_known_tokens(split, vocab_size, dataset.folder)
-        chosen = _with_horizon(chosen, dataset, vocab_size, note)
+        chosen = _resolved(chosen, dataset, vocab_size, note)
     with world.together():
         settings = {
             f"{s}.{k}": v for s, keys in chosen.model_dump(exclude={"out_dir"}).items() for k, v in keys.items()
@@ -202,15 +202,14 @@ def _same_for_all(job: Job, saved: Checkpoint | None, note: Note, *, allow_data_
     return saved
 
 
-def _with_horizon(config: Config, dataset: Dataset, vocab_size: int, note: Note) -> Config:
-    if config.train.max_iters != "auto":
-        return config
+def _resolved(config: Config, dataset: Dataset, vocab_size: int, note: Note) -> Config:
     with torch.device("meta"):
         n_parameters = GPT(config.model, vocab_size).parameter_counts()["total"]
-    resolved = with_horizon(config, len(dataset.train), n_parameters)
-    per_step = config.train.batch_size * config.model.block_size
-    note(
-        f"max_iters: {resolved.train.steps:,}, for {n_parameters:,} parameters and {len(dataset.train):,} tokens "
-        f"({resolved.train.steps * per_step / len(dataset.train):.1f} passes over the text)"
-    )
-    return resolved
+    chosen = resolved(config, len(dataset.train), n_parameters)
+    passes = chosen.train.steps * config.train.batch_size * config.model.block_size / len(dataset.train)
+    found = [("max_iters", f"{chosen.train.steps:,}"), ("weight_decay", f"{chosen.train.decay_strength:g}")]
+    for key, value in found:
+        if getattr(config.train, key) == "auto":
+            text = f"{len(dataset.train):,} tokens and {passes:.1f} passes over them"
+            note(f"{key}: {value}, for {n_parameters:,} parameters, {text}")
+    return chosen

@@ -6,24 +6,39 @@ from collections.abc import Sequence
 
 from minigpt_cli.core.config import Config
 from minigpt_cli.core.metrics import Record
+from minigpt_cli.core.optim import FEW_EPOCHS, fitting_decay
 from minigpt_cli.core.train import Result
 
 NOTICEABLE = 0.01  # a difference of loss, relative, that is worth a word
 LEARNED_BY_HEART = 0.15  # a training loss so much lower than the validation loss, relative
-FEW_EPOCHS, MANY_EPOCHS = 4, 10  # up to which repeated text is as good as new; from which it is learned by heart
+MANY_EPOCHS = 10  # from which a text is learned by heart if nothing is done
+FEW_STEPS = 10  # in a pass over the text, with which there are hardly any before it is known by heart
 
 
-def dropout_advice(config: Config, epochs: float) -> str | None:
-    """One sentence where the dropout does not suit how often the run reads the same text; the rule of docs/recipe.md.
+def advice(config: Config, n_tokens: int, n_parameters: int) -> str | None:
+    """One sentence where a setting does not suit how often the run reads the same text; the rules of docs/recipe.md.
 
     Up to about 4 passes repeated text teaches nearly as much as new text would (Muennighoff et al. 2023,
     arXiv:2305.16264), and dropout only slows a small model down.
     """
-    dropout = config.model.dropout
+    train, dropout = config.train, config.model.dropout
+    steps_per_epoch = n_tokens / (train.batch_size * config.model.block_size)
+    epochs = train.steps / steps_per_epoch
     if epochs < FEW_EPOCHS and dropout > 0.05:
         return f"Only {epochs:.1f} passes over the text: model.dropout=0.0 would learn more in them than {dropout:g}."
-    if epochs >= MANY_EPOCHS and dropout < 0.1:
-        return f"{epochs:.0f} passes over the text: model.dropout=0.2 would keep it from being learned by heart."
+    if epochs < MANY_EPOCHS:
+        return None
+    if steps_per_epoch < FEW_STEPS:
+        return (
+            f"A pass over the text takes only {steps_per_epoch:.1f} steps: it is soon known by heart. A smaller "
+            "train.batch_size makes more steps of it, and --init-from a model that knows more than this text."
+        )
+    decay = fitting_decay(config, n_tokens, n_parameters)
+    if dropout < 0.1 and train.decay_strength < decay / 2:
+        return (
+            f"{epochs:.0f} passes over the text: train.weight_decay=auto, which is {decay:g} here, would keep it from "
+            "being learned by heart."
+        )
     return None
 
 
@@ -50,7 +65,7 @@ def verdict(result: Result, records: Sequence[Record], config: Config) -> list[s
         lines.append(
             f"It overfits: since then the validation loss rose to {last:.4f} while the training loss fell on. "
             f"Use best.safetensors; next time stop near step {progress.best_step:,} "
-            "(train.max_iters or train.patience), raise model.dropout, or add text."
+            "(train.max_iters or train.patience), set train.weight_decay=auto or more, or add text."
         )
     elif last > progress.best_loss * (1 + NOTICEABLE):
         lines.append(
@@ -59,6 +74,11 @@ def verdict(result: Result, records: Sequence[Record], config: Config) -> list[s
         )
     elif len(losses) < 3:
         lines.append("Too few evaluations to tell more: train longer, or lower train.eval_interval.")
+    elif planned and gap <= LEARNED_BY_HEART * last and result.epochs >= MANY_EPOCHS:
+        lines.append(
+            "It ended as its schedule was planned. More passes over the text would gain little; "
+            "more text would gain more."
+        )
     elif planned and gap <= LEARNED_BY_HEART * last:
         lines.append(
             "It ended as its schedule was planned. A new run with twice the train.max_iters, or a larger model, could "
@@ -70,7 +90,7 @@ def verdict(result: Result, records: Sequence[Record], config: Config) -> list[s
     elif gap > LEARNED_BY_HEART * last:
         lines.append(
             f"The training loss is {gap:.2f} lower than the validation loss: the model begins to learn the text "
-            "by heart. More dropout or more text would help; a larger model would not."
+            "by heart. More train.weight_decay or more text would help; a larger model would not."
         )
     else:
         lines.append(

@@ -157,8 +157,8 @@ def joined() -> Iterator[World]:
             raise
         raise MinigptError("lost contact with another rank, which may have died; --resume goes on") from error
     dist.destroy_process_group()  # not after an error: it would wait for ranks that may be gone
-    # DDP and FSDP outlive that, and gloo's threads with them: one that is the last to drop a tensor of the last exchange
-    # asks for Python's lock, and aborts the process where Python has begun to end (pytorch#179291).
+    # DDP and FSDP outlive that, and gloo's threads with them: one that is the last to drop a tensor of the last
+    # exchange asks for Python's lock, and aborts the process where Python has begun to end (pytorch#179291).
     time.sleep(0.1)
 
 

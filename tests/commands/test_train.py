@@ -19,7 +19,7 @@ from minigpt_cli.core import checkpoint
 from minigpt_cli.core.checkpoint import Progress
 from minigpt_cli.core.config import load_config, parse_config, shipped_configs
 from minigpt_cli.core.train import Result
-from minigpt_cli.core.verdict import dropout_advice, verdict
+from minigpt_cli.core.verdict import advice, verdict
 
 
 def train(*arguments: object) -> Done:
@@ -453,7 +453,7 @@ def test_the_verdict_on_overfitting_says_what_to_change() -> None:
     assert "It overfits" in said
     assert "rose to 1.9000" in said
     assert "stop near step 200" in said
-    assert "model.dropout" in said
+    assert "train.weight_decay=auto" in said
 
 
 def test_the_verdict_on_a_run_that_was_still_learning() -> None:
@@ -468,18 +468,28 @@ def test_the_verdict_on_a_schedule_that_came_to_its_end() -> None:
     said = judged([3.0, 2.5, 2.0], [2.0], lr_schedule="linear")
     assert "twice the train.max_iters" in said
     assert "--resume" not in said
+    assert "more text would gain more" in judged([3.0, 2.5, 2.0], [2.0], epochs=12.0, lr_schedule="linear")
     assert "by heart" in judged([3.0, 2.5, 2.0], [1.0], lr_schedule="linear")
     assert "--resume" in judged([3.0, 2.5, 2.0], [2.0], lr_schedule="linear", reason="time")
 
 
 @pytest.mark.parametrize(
-    ("epochs", "dropout", "word"),
-    [(1.0, 0.2, "0.0 would learn more"), (3.9, 0.1, "0.0 would"), (4.1, 0.2, None), (3.0, 0.0, None),
-     (10.0, 0.0, "model.dropout=0.2"), (40.0, 0.05, "40 passes"), (9.0, 0.0, None), (40.0, 0.2, None)],
+    ("epochs", "dropout", "decay", "word"),
+    [(1.0, 0.2, 0.1, "0.0 would learn more"), (3.9, 0.1, 0.1, "0.0 would"), (4.1, 0.2, 0.1, None),
+     (3.0, 0.0, 0.1, None), (9.0, 0.0, 0.1, None), (10.0, 0.0, 0.1, "train.weight_decay=auto, which is 1 here"),
+     (40.0, 0.05, 0.1, "40 passes"), (40.0, 0.2, 0.1, None), (40.0, 0.0, 0.6, None)],
 )  # fmt: skip
-def test_advice_on_dropout_follows_the_passes_over_the_text(epochs: float, dropout: float, word: str | None) -> None:
-    said = dropout_advice(parse_config({"model": {"dropout": dropout}}, "test"), epochs)
+def test_advice_follows_the_passes_over_the_text(epochs: float, dropout: float, decay: float, word: str | None) -> None:
+    """Of 100 steps each, with four parameters per token."""
+    train = {"max_iters": round(100 * epochs), "batch_size": 100, "weight_decay": decay, "optimizer": "muon"}
+    config = parse_config({"model": {"dropout": dropout, "block_size": 100}, "train": train}, "test")
+    said = advice(config, 1_000_000, 4_000_000)
     assert (word in said) if word and said else said is None and word is None
+
+
+def test_advice_on_a_text_that_few_steps_read() -> None:
+    config = parse_config({"model": {"block_size": 100}, "train": {"max_iters": 50, "batch_size": 100}}, "test")
+    assert "only 5.0 steps" in (advice(config, 50_000, 1_000_000) or "")
 
 
 def test_the_verdict_on_a_flat_curve() -> None:

@@ -18,8 +18,8 @@ from minigpt_cli.core.optim import (
     make_optimizer,
     orthogonalized,
     parameter_groups,
+    resolved,
     set_learning_rate,
-    with_horizon,
 )
 from oracle.adamw import NaiveAdamW
 from oracle.muon import NaiveMuon
@@ -254,13 +254,39 @@ def test_a_weight_average_is_the_weighted_sum_of_all_weights_so_far() -> None:
 
 @pytest.mark.parametrize(
     ("parameters", "tokens", "steps"),
-    [(1_000_000, 100_000_000, 2000), (10_000_000, 1_000_000, 2000), (1_000, 1_000_000, 2), (10, 1_000_000, 1)],
+    [(1_000_000, 100_000_000, 2000), (10_000_000, 1_000_000, 1200), (1_000, 1_000_000, 2), (10, 1_000_000, 1)],
 )
-def test_the_horizon_is_twenty_tokens_a_parameter_and_at_most_twenty_epochs(
+def test_the_horizon_is_twenty_tokens_a_parameter_and_at_most_twelve_epochs(
     parameters: int, tokens: int, steps: int
 ) -> None:
-    """With 10,000 tokens a step: 20 x 1e6 / 1e4; 20 x 1e6 again, for the text is short; and never no step at all."""
+    """With 10,000 tokens a step: 20 x 1e6 / 1e4; 12 x 1e6 / 1e4, for the text is short; and never no step at all."""
     config = parse_config({"train": {"max_iters": "auto", "batch_size": 100}, "model": {"block_size": 100}}, "test")
-    assert with_horizon(config, tokens, parameters).train.steps == steps
+    assert resolved(config, tokens, parameters).train.steps == steps
     fixed = parse_config({"train": {"max_iters": 7}}, "test")
-    assert with_horizon(fixed, tokens, parameters) is fixed
+    assert resolved(fixed, tokens, parameters) is fixed
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens", "parameters", "decay"),
+    [
+        ({"max_iters": 400}, 1_000_000, 4_000_000, 0.1),  # four passes
+        ({"max_iters": 401}, 1_000_000, 4_000_000, 1.0),  # 2 / 100 a step, at a rate of 0.02
+        ({"max_iters": 401, "muon_learning_rate": 0.04}, 1_000_000, 4_000_000, 0.5),
+        ({"max_iters": 401}, 1_000_000, 9_000_000, 1.5),
+        ({"max_iters": 401, "batch_size": 50}, 500_000, 2_000_000, 1.0),  # passes count, not steps
+        ({"max_iters": 401}, 1_000_000, 5_000_000, 1.1),  # to two digits: 1.118
+        ({"max_iters": "auto"}, 1_000_000, 4_000_000, 1.0),  # twelve passes
+        ({"max_iters": "auto"}, 1_000_000, 100_000, 0.1),  # two passes
+        ({"max_iters": 9000}, 1_000_000, 1_000, 0.1),  # a small model cannot learn it by heart
+        ({"max_iters": 401}, 10_000, 1_000_000, 5.0),  # never more than a tenth a step
+        ({"max_iters": 401, "optimizer": "adamw", "learning_rate": 2e-3}, 1_000_000, 4_000_000, 2.0),
+    ],
+)
+def test_weight_decay_grows_with_the_parameters_per_token_where_a_text_is_read_often(
+    settings: dict[str, Any], tokens: int, parameters: int, decay: float
+) -> None:
+    """With 10,000 tokens a step, 100 steps read a million: the root of parameters per token, by steps and by rate."""
+    train = {"weight_decay": "auto", "batch_size": 100, "optimizer": "muon", **settings}
+    config = parse_config({"train": train, "model": {"block_size": 100}}, "test")
+    assert resolved(config, tokens, parameters).train.decay_strength == pytest.approx(decay)
+    assert resolved(resolved(config, tokens, parameters), tokens, parameters).train.decay_strength == decay
