@@ -1,10 +1,11 @@
 """One call on a machine with a GPU: the `cuda` tests, the benchmarks, real runs. Writes one JSON and the full log.
 
-    python tests/gpu_session.py OUT [--text FILE] [--minutes 9]
+    python tests/gpu_session.py OUT [--text FILE] [--nanogpt CHECKOUT] [--minutes 9]
 
 Each part runs in a process of its own and none stops the others: what failed, with its exit code and the end of its
 output, stands in OUT/session.json beside what was measured. `--text` is the corpus of the real runs (tiny Shakespeare
-for figures that compare with published ones).
+for figures that compare with published ones); `--nanogpt` trains its `train_shakespeare_char` on the same text, each
+line with the second it came in, to be compared with the `seconds` of our metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ from typing import Any
 MINIGPT = [sys.executable, "-m", "minigpt_cli"]
 
 
-def parts(out: Path, text: str | None) -> dict[str, list[str]]:
+NANOGPT = """\
+cd "$2" && cp "$1" data/shakespeare_char/input.txt && python data/shakespeare_char/prepare.py && date +%s &&
+python -u train.py config/train_shakespeare_char.py | while read -r line; do echo "$(date +%s.%N) $line"; done
+"""
+
+
+def parts(out: Path, text: str | None, nanogpt: str | None) -> dict[str, list[str]]:
     """Name -> command, the most wanted first: the time may run out."""
     data = ["--set", f"data.path={out / 'data'}"]
     bench = [*MINIGPT, "bench", "--json", "--config", "gpt", "--device", "cuda"]
@@ -57,6 +64,9 @@ def parts(out: Path, text: str | None) -> dict[str, list[str]]:
                 *MINIGPT, "train", "--config", "modern", *data, "--out", run_folder, "--device", "cuda",
                 "--set", f"train.seed={seed}",
             ]  # fmt: skip
+    if text is not None and nanogpt is not None:
+        in_bash = ["bash", "-o", "pipefail", "-c", NANOGPT, "bash"]
+        commands["train: nanoGPT"] = [*in_bash, str(Path(text).resolve()), nanogpt]
     return commands
 
 
@@ -87,13 +97,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--text")
+    parser.add_argument("--nanogpt")
     parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--only", help="only the parts whose name contains this")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * arguments.minutes
     results: dict[str, Any] = {}
-    for name, command in parts(arguments.out, arguments.text).items():
+    for name, command in parts(arguments.out, arguments.text, arguments.nanogpt).items():
         if arguments.only and arguments.only not in name:
             continue
         left = end - time.monotonic()
