@@ -1,11 +1,14 @@
 """What each ingredient of the modern recipe is worth, and whether the recipe holds on other texts. Prints Markdown.
 
     python tests/recipe.py ablate --text input.txt [--config cpu] [--steps 600] [--seeds 3] [--jobs 1]
+    python tests/recipe.py repeat --text input.txt [--only WORDS] [--jobs 1]
     python tests/recipe.py corpora prose.txt code.txt other.txt [--tokenizer char] [--config cpu] [--steps 500]
 
 `ablate` looks at the first nine tenths of the text only, and judges on the last tenth of those: what is chosen here has
-not seen the validation text. `corpora` trains the config, and then `gpt.yaml`'s recipe, in `gpt.yaml`'s shape and in
-the config's, for as long as the config took; it judges on each text's own last tenth. Timings want an idle machine.
+not seen the validation text. Nor has `repeat`, which reads a short piece of that text many times, with models that have
+ten times more parameters than it has characters. `corpora` trains the config, and then `gpt.yaml`'s recipe, in
+`gpt.yaml`'s shape and in the config's, for as long as the config took; it judges on each text's own last tenth. Timings
+want an idle machine.
 """
 
 from __future__ import annotations
@@ -52,6 +55,24 @@ CLASSIC = {  # gpt.yaml's recipe, for a model of any shape
     "train.warmup_iters": "0", "train.weight_decay": "0.01", "train.decay": "all", "train.beta2": "0.999",
     "train.grad_clip": "null", "train.max_iters": "1000000", "data.sampling": "random",
 }  # fmt: skip
+SHORT, LONGER = 110_000, 265_000  # characters, a tenth of what the models below have parameters
+SMALL = {"model.n_embd": "128", "model.n_head": "2", "train.batch_size": "7", "train.learning_rate": "3e-3"}
+MIDDLE = {"model.n_embd": "192", "model.n_head": "3", "train.batch_size": "17", "train.learning_rate": "2.8e-3"}
+ADAMW = SMALL | {"train.optimizer": "adamw"}
+TWICE = SMALL | {"train.batch_size": "14", "train.warmup_iters": "50"}
+REPEATED = [  # config, characters, its settings, steps, dropout, weight decay
+    *(("modern", SHORT, SMALL, 737, 0.2, decay) for decay in (0.1, 1)),
+    *(("modern", SHORT, SMALL, 737, 0.1, decay) for decay in (0.1, 1, 2)),
+    *(("modern", SHORT, SMALL, 737, 0, decay) for decay in (0.1, 0.5, 1, 2, 2.7, 4)),
+    ("modern", SHORT, SMALL, 982, 0, 2), ("modern", SHORT, SMALL, 1228, 0.2, 0.1),
+    *(("modern", SHORT, SMALL, 1228, 0, decay) for decay in (1, 2)),
+    *(("modern", SHORT, TWICE, 368, 0, decay) for decay in (1, 2)),
+    *(("modern", SHORT, ADAMW, 737, 0, decay) for decay in (0.3, 1, 2, 6, 18)),
+    *(("modern", LONGER, MIDDLE, 737, dropout, decay) for dropout in (0, 0.1) for decay in (1, 2)),
+    ("cpu", SHORT, {}, 645, 0.1, 0.1), *(("cpu", SHORT, {}, 645, 0, decay) for decay in (1.2, 2.4)),
+    *(("cpu", SHORT, {}, 1300, 0, decay) for decay in (0.1, 2.4)),
+]  # fmt: skip
+Repeated = tuple[str, int, dict[str, str], int, float, float]
 MINIGPT = [sys.executable, "-m", "minigpt_cli"]
 
 
@@ -71,9 +92,9 @@ def train(folder: Path, config: str, data: Path, settings: dict[str, str], threa
     }  # fmt: skip
 
 
-def prepare(text: Path, out: Path, tokenizer: str) -> None:
-    subprocess.run([*MINIGPT, "prepare", str(text), "--out", str(out), "--tokenizer", tokenizer], check=True,
-                   capture_output=True)  # fmt: skip
+def prepare(text: Path, out: Path, tokenizer: str, val_fraction: float = 0.1) -> None:
+    subprocess.run([*MINIGPT, "prepare", str(text), "--out", str(out), "--tokenizer", tokenizer,
+                    "--val-fraction", repr(val_fraction)], check=True, capture_output=True)  # fmt: skip
 
 
 def ablate(arguments: argparse.Namespace, scratch: Path) -> None:
@@ -114,6 +135,35 @@ def ablate(arguments: argparse.Namespace, scratch: Path) -> None:
         )
 
 
+def repeat(arguments: argparse.Namespace, scratch: Path) -> None:
+    text = arguments.text.read_text(encoding="utf-8")
+    text = text[: len(text) * 9 // 10]
+    judging = len(text) - len(text) * 9 // 10
+    for characters in (SHORT, LONGER):
+        piece = scratch / f"{characters}.txt"
+        piece.write_text(text[-judging - characters :], encoding="utf-8")
+        prepare(piece, scratch / str(characters), "char", judging / (judging + characters))
+    threads = 1 if arguments.jobs > 1 else None
+
+    def run(job: tuple[int, Repeated]) -> str:
+        number, (config, characters, shape, steps, dropout, decay) = job
+        settings = shape | {
+            "train.max_iters": str(steps), "train.eval_interval": "123", "train.checkpoint_interval": str(steps),
+            "model.dropout": str(dropout), "train.weight_decay": str(decay),
+        }  # fmt: skip
+        result = train(scratch / f"repeat-{number}", config, scratch / str(characters), settings, threads)
+        named = f"`{config}` {' '.join(f'{key}={value}' for key, value in shape.items())}"
+        losses = f"{result['best']:.4f} | {result['last']:.4f}"
+        return f"| {named} | {characters:,} | {steps:,} | {dropout} | {decay} | {losses} |"
+
+    print("| config | characters | steps | dropout | weight decay | best loss | last |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    jobs = [job for job in enumerate(REPEATED) if arguments.only in str(job[1])]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for row in pool.map(run, jobs):
+            print(row, flush=True)
+
+
 def corpora(arguments: argparse.Namespace, scratch: Path) -> None:
     print(f"| text | `{arguments.config}` | time | `gpt.yaml`, as long | its recipe in the same shape, as long |")
     print("| --- | --- | --- | --- | --- |")
@@ -138,13 +188,16 @@ def corpora(arguments: argparse.Namespace, scratch: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for name, function in (("ablate", ablate), ("corpora", corpora)):
+    for name, function in (("ablate", ablate), ("repeat", repeat), ("corpora", corpora)):
         command = commands.add_parser(name)
         command.set_defaults(function=function)
-        command.add_argument("--config", default="cpu")
-        command.add_argument("--seeds", type=int, default=3 if name == "ablate" else 1)
-        command.add_argument("--steps", type=int, default=600 if name == "ablate" else 1500)
-        if name == "ablate":
+        if name == "repeat":
+            command.add_argument("--only", default="", help="only the runs whose settings contain this")
+        else:
+            command.add_argument("--config", default="cpu")
+            command.add_argument("--seeds", type=int, default=3 if name == "ablate" else 1)
+            command.add_argument("--steps", type=int, default=600 if name == "ablate" else 1500)
+        if name in ("ablate", "repeat"):
             command.add_argument("--text", type=Path, required=True)
             command.add_argument("--jobs", type=int, default=1, help="runs side by side, with one thread each")
         else:
