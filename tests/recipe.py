@@ -55,7 +55,7 @@ CLASSIC = {  # gpt.yaml's recipe, for a model of any shape
     "train.warmup_iters": "0", "train.weight_decay": "0.01", "train.decay": "all", "train.beta2": "0.999",
     "train.grad_clip": "null", "train.max_iters": "1000000", "data.sampling": "random",
 }  # fmt: skip
-SHORT, LONGER = 110_000, 265_000  # characters, a tenth of what the models below have parameters
+SHORT, LONGER, PAGES = 110_000, 265_000, 10_000  # characters: a tenth as many as `modern` has parameters below; a few
 SMALL = {"model.n_embd": "128", "model.n_head": "2", "train.batch_size": "7", "train.learning_rate": "3e-3"}
 MIDDLE = {"model.n_embd": "192", "model.n_head": "3", "train.batch_size": "17", "train.learning_rate": "2.8e-3"}
 ADAMW = SMALL | {"train.optimizer": "adamw"}
@@ -66,11 +66,13 @@ REPEATED = [  # config, characters, its settings, steps, dropout, weight decay
     *(("modern", SHORT, SMALL, 737, 0, decay) for decay in (0.1, 0.5, 1, 2, 2.7, 4)),
     ("modern", SHORT, SMALL, 982, 0, 2), ("modern", SHORT, SMALL, 1228, 0.2, 0.1),
     *(("modern", SHORT, SMALL, 1228, 0, decay) for decay in (1, 2)),
+    *(("modern", SHORT, SMALL, steps, 0, decay) for steps in (307, 430) for decay in (0.1, 1, 2.7)),
     *(("modern", SHORT, TWICE, 368, 0, decay) for decay in (1, 2)),
     *(("modern", SHORT, ADAMW, 737, 0, decay) for decay in (0.3, 1, 2, 6, 18)),
     *(("modern", LONGER, MIDDLE, 737, dropout, decay) for dropout in (0, 0.1) for decay in (1, 2)),
     ("cpu", SHORT, {}, 645, 0.1, 0.1), *(("cpu", SHORT, {}, 645, 0, decay) for decay in (1.2, 2.4)),
     *(("cpu", SHORT, {}, 1300, 0, decay) for decay in (0.1, 2.4)),
+    *(("cpu", PAGES, {}, 1300, 0, decay) for decay in (0.1, 5)),
 ]  # fmt: skip
 Repeated = tuple[str, int, dict[str, str], int, float, float]
 MINIGPT = [sys.executable, "-m", "minigpt_cli"]
@@ -139,7 +141,7 @@ def repeat(arguments: argparse.Namespace, scratch: Path) -> None:
     text = arguments.text.read_text(encoding="utf-8")
     text = text[: len(text) * 9 // 10]
     judging = len(text) - len(text) * 9 // 10
-    for characters in (SHORT, LONGER):
+    for characters in (SHORT, LONGER, PAGES):
         piece = scratch / f"{characters}.txt"
         piece.write_text(text[-judging - characters :], encoding="utf-8")
         prepare(piece, scratch / str(characters), "char", judging / (judging + characters))

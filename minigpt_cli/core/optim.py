@@ -152,17 +152,17 @@ def resolved(config: Config, n_tokens: int, n_parameters: int) -> Config:
 def fitting_decay(config: Config, n_tokens: int, n_parameters: int) -> float:
     """The weight decay that keeps a text of `n_tokens` from being learned by heart in `config.train.steps` steps.
 
-    The usual 0.1 up to four passes over the text. Then so much that, at the highest rate, weights keep what they
-    learned for 1 / sqrt(parameters per token) passes: more decay for larger models (Kim et al. 2025, arXiv:2509.14786),
+    The usual 0.1 up to four passes over the text. From twelve on so much that, at the highest rate, weights keep what
+    they learned for 1 / sqrt(parameters per token) passes: more for larger models (Kim et al. 2025, arXiv:2509.14786),
     and by passes, not steps (Wang & Aitchison 2024, arXiv:2405.13698). At most a tenth a step. With AdamW a fifth.
+    Between four and twelve a part of it, in a line.
     """
     train = config.train
     steps_per_epoch = n_tokens / (train.batch_size * config.model.block_size)
-    if train.steps <= FEW_EPOCHS * steps_per_epoch:
-        return USUAL_DECAY
+    often = (train.steps / steps_per_epoch - FEW_EPOCHS) / (MOST_EPOCHS - FEW_EPOCHS)
     rate = train.muon_learning_rate if train.optimizer == "muon" else ADAMW_KEEPS * train.learning_rate
     a_step = min(MOST_DECAY, math.sqrt(n_parameters / n_tokens) / steps_per_epoch)
-    return max(USUAL_DECAY, float(f"{a_step / rate:.2g}"))
+    return max(USUAL_DECAY, float(f"{min(often, 1) * a_step / rate:.2g}"))
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:

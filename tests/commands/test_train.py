@@ -476,7 +476,7 @@ def test_the_verdict_on_a_schedule_that_came_to_its_end() -> None:
 @pytest.mark.parametrize(
     ("epochs", "dropout", "decay", "word"),
     [(1.0, 0.2, 0.1, "0.0 would learn more"), (3.9, 0.1, 0.1, "0.0 would"), (4.1, 0.2, 0.1, None),
-     (3.0, 0.0, 0.1, None), (9.0, 0.0, 0.1, None), (10.0, 0.0, 0.1, "train.weight_decay=auto, which is 1 here"),
+     (3.0, 0.0, 0.1, None), (9.0, 0.0, 0.1, None), (12.0, 0.0, 0.1, "train.weight_decay=auto, which is 1 here"),
      (40.0, 0.05, 0.1, "40 passes"), (40.0, 0.2, 0.1, None), (40.0, 0.0, 0.6, None)],
 )  # fmt: skip
 def test_advice_follows_the_passes_over_the_text(epochs: float, dropout: float, decay: float, word: str | None) -> None:

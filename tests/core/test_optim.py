@@ -269,17 +269,20 @@ def test_the_horizon_is_twenty_tokens_a_parameter_and_at_most_twelve_epochs(
 @pytest.mark.parametrize(
     ("settings", "tokens", "parameters", "decay"),
     [
+        ({"max_iters": 100}, 1_000_000, 4_000_000, 0.1),
         ({"max_iters": 400}, 1_000_000, 4_000_000, 0.1),  # four passes
-        ({"max_iters": 401}, 1_000_000, 4_000_000, 1.0),  # 2 / 100 a step, at a rate of 0.02
-        ({"max_iters": 401, "muon_learning_rate": 0.04}, 1_000_000, 4_000_000, 0.5),
-        ({"max_iters": 401}, 1_000_000, 9_000_000, 1.5),
-        ({"max_iters": 401, "batch_size": 50}, 500_000, 2_000_000, 1.0),  # passes count, not steps
-        ({"max_iters": 401}, 1_000_000, 5_000_000, 1.1),  # to two digits: 1.118
+        ({"max_iters": 800}, 1_000_000, 4_000_000, 0.5),  # eight: half of what twelve get
+        ({"max_iters": 1200}, 1_000_000, 4_000_000, 1.0),  # 2 / 100 a step, at a rate of 0.02
+        ({"max_iters": 9000}, 1_000_000, 4_000_000, 1.0),
+        ({"max_iters": 1200, "muon_learning_rate": 0.04}, 1_000_000, 4_000_000, 0.5),
+        ({"max_iters": 1200}, 1_000_000, 9_000_000, 1.5),
+        ({"max_iters": 1200, "batch_size": 50}, 500_000, 2_000_000, 1.0),  # passes count, not steps
+        ({"max_iters": 1200}, 1_000_000, 5_000_000, 1.1),  # to two digits: 1.118
         ({"max_iters": "auto"}, 1_000_000, 4_000_000, 1.0),  # twelve passes
         ({"max_iters": "auto"}, 1_000_000, 100_000, 0.1),  # two passes
         ({"max_iters": 9000}, 1_000_000, 1_000, 0.1),  # a small model cannot learn it by heart
-        ({"max_iters": 401}, 10_000, 1_000_000, 5.0),  # never more than a tenth a step
-        ({"max_iters": 401, "optimizer": "adamw", "learning_rate": 2e-3}, 1_000_000, 4_000_000, 2.0),
+        ({"max_iters": 1200}, 10_000, 1_000_000, 5.0),  # never more than a tenth a step
+        ({"max_iters": 1200, "optimizer": "adamw", "learning_rate": 2e-3}, 1_000_000, 4_000_000, 2.0),
     ],
 )
 def test_weight_decay_grows_with_the_parameters_per_token_where_a_text_is_read_often(
