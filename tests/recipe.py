@@ -59,7 +59,8 @@ SHORT, LONGER, PAGES = 110_000, 265_000, 10_000  # characters: a tenth as many a
 SMALL = {"model.n_embd": "128", "model.n_head": "2", "train.batch_size": "7", "train.learning_rate": "3e-3"}
 MIDDLE = {"model.n_embd": "192", "model.n_head": "3", "train.batch_size": "17", "train.learning_rate": "2.8e-3"}
 ADAMW = SMALL | {"train.optimizer": "adamw"}
-TWICE = SMALL | {"train.batch_size": "14", "train.warmup_iters": "50"}
+TWICE = SMALL | {"train.batch_size": "14", "train.warmup_iters": "50", "train.eval_interval": "61"}
+QUICK = {"train.eval_interval": "215"}
 REPEATED = [  # config, characters, its settings, steps, dropout, weight decay
     *(("modern", SHORT, SMALL, 737, 0.2, decay) for decay in (0.1, 1)),
     *(("modern", SHORT, SMALL, 737, 0.1, decay) for decay in (0.1, 1, 2)),
@@ -70,9 +71,9 @@ REPEATED = [  # config, characters, its settings, steps, dropout, weight decay
     *(("modern", SHORT, TWICE, 368, 0, decay) for decay in (1, 2)),
     *(("modern", SHORT, ADAMW, 737, 0, decay) for decay in (0.3, 1, 2, 6, 18)),
     *(("modern", LONGER, MIDDLE, 737, dropout, decay) for dropout in (0, 0.1) for decay in (1, 2)),
-    ("cpu", SHORT, {}, 645, 0.1, 0.1), *(("cpu", SHORT, {}, 645, 0, decay) for decay in (1.2, 2.4)),
-    *(("cpu", SHORT, {}, 1300, 0, decay) for decay in (0.1, 2.4)),
-    *(("cpu", PAGES, {}, 1300, 0, decay) for decay in (0.1, 5)),
+    ("cpu", SHORT, QUICK, 645, 0.1, 0.1), *(("cpu", SHORT, QUICK, 645, 0, decay) for decay in (1.2, 2.4)),
+    *(("cpu", SHORT, QUICK, 1300, 0, decay) for decay in (0.1, 2.4)),
+    *(("cpu", PAGES, QUICK, 1300, 0, decay) for decay in (0.1, 5)),
 ]  # fmt: skip
 Repeated = tuple[str, int, dict[str, str], int, float, float]
 MINIGPT = [sys.executable, "-m", "minigpt_cli"]
@@ -149,9 +150,9 @@ def repeat(arguments: argparse.Namespace, scratch: Path) -> None:
 
     def run(job: tuple[int, Repeated]) -> str:
         number, (config, characters, shape, steps, dropout, decay) = job
-        settings = shape | {
+        settings = {
             "train.max_iters": str(steps), "train.eval_interval": "123", "train.checkpoint_interval": str(steps),
-            "model.dropout": str(dropout), "train.weight_decay": str(decay),
+            "model.dropout": str(dropout), "train.weight_decay": str(decay), **shape,
         }  # fmt: skip
         result = train(scratch / f"repeat-{number}", config, scratch / str(characters), settings, threads)
         named = f"`{config}` {' '.join(f'{key}={value}' for key, value in shape.items())}"
