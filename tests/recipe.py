@@ -55,7 +55,7 @@ CLASSIC = {  # gpt.yaml's recipe, for a model of any shape
     "train.warmup_iters": "0", "train.weight_decay": "0.01", "train.decay": "all", "train.beta2": "0.999",
     "train.grad_clip": "null", "train.max_iters": "1000000", "data.sampling": "random",
 }  # fmt: skip
-SHORT, LONGER, PAGES = 110_000, 265_000, 10_000  # characters: a tenth as many as `modern` has parameters below; a few
+SHORT, LONGER, PAGES = 110_000, 265_000, 10_000  # characters; the first two are a tenth of the parameters
 SMALL = {"model.n_embd": "128", "model.n_head": "2", "train.batch_size": "7", "train.learning_rate": "3e-3"}
 MIDDLE = {"model.n_embd": "192", "model.n_head": "3", "train.batch_size": "17", "train.learning_rate": "2.8e-3"}
 ADAMW = SMALL | {"train.optimizer": "adamw"}

@@ -203,6 +203,8 @@ def _same_for_all(job: Job, saved: Checkpoint | None, note: Note, *, allow_data_
 
 
 def _resolved(config: Config, dataset: Dataset, vocab_size: int, note: Note) -> Config:
+    if "auto" not in (config.train.max_iters, config.train.weight_decay):
+        return config
     with torch.device("meta"):
         n_parameters = GPT(config.model, vocab_size).parameter_counts()["total"]
     chosen = resolved(config, len(dataset.train), n_parameters)

@@ -31,7 +31,7 @@ def advice(config: Config, n_tokens: int, n_parameters: int) -> str | None:
     if steps_per_epoch < FEW_STEPS:
         return (
             f"A pass over the text takes only {steps_per_epoch:.1f} steps: it is soon known by heart. A smaller "
-            "train.batch_size makes more steps of it, and --init-from a model that knows more than this text."
+            "train.batch_size makes more steps of it; --init-from begins with what another model knows."
         )
     decay = fitting_decay(config, n_tokens, n_parameters)
     if dropout < 0.1 and train.decay_strength < decay / 2:
@@ -65,7 +65,7 @@ def verdict(result: Result, records: Sequence[Record], config: Config) -> list[s
         lines.append(
             f"It overfits: since then the validation loss rose to {last:.4f} while the training loss fell on. "
             f"Use best.safetensors; next time stop near step {progress.best_step:,} "
-            "(train.max_iters or train.patience), set train.weight_decay=auto or more, or add text."
+            "(train.max_iters or train.patience), set train.weight_decay=auto, or add text."
         )
     elif last > progress.best_loss * (1 + NOTICEABLE):
         lines.append(
@@ -90,7 +90,7 @@ def verdict(result: Result, records: Sequence[Record], config: Config) -> list[s
     elif gap > LEARNED_BY_HEART * last:
         lines.append(
             f"The training loss is {gap:.2f} lower than the validation loss: the model begins to learn the text "
-            "by heart. More train.weight_decay or more text would help; a larger model would not."
+            "by heart. More text would help, or train.weight_decay=auto where it is less; a larger model would not."
         )
     else:
         lines.append(
