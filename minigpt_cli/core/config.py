@@ -200,7 +200,7 @@ def parse_config(document: object, where: str) -> Config:
     try:
         return Config.model_validate(document)
     except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_explain(e, document) for e in error.errors()[:3])) from None
+        raise UserError(f"{where}: " + "; ".join(_complaints(error, document)[:3])) from None
     except RecursionError:
         raise UserError(f"{where}: nested too deeply") from None
 
@@ -213,7 +213,7 @@ def parse_section(section: type[SectionT], document: dict[str, Any], where: str)
     try:
         return section.model_validate(document)
     except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_explain(e, document) for e in error.errors())) from None
+        raise UserError(f"{where}: " + "; ".join(_complaints(error, document))) from None
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -291,8 +291,17 @@ def _flatten(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _explain(error: Any, document: object) -> str:
-    """One pydantic complaint in a user's words: the dotted key, what is wrong, the value."""
+def _complaints(errors: ValidationError, document: object) -> list[str]:
+    """One for each setting: where it may be one thing or another, pydantic has an error for either."""
+    by_key: dict[Any, list[Any]] = {}
+    for error in errors.errors():
+        by_key.setdefault(error["loc"][:2], []).append(error)
+    return [_explain(alternatives, document) for alternatives in by_key.values()]
+
+
+def _explain(errors: list[Any], document: object) -> str:
+    """What pydantic has against a setting, in a user's words: the dotted key, what is wrong, the value."""
+    error = errors[0]
     if error["type"] == "invalid_key":
         return f"a key must be a word, not {_shown(error['loc'][-1])}"
     loc = [str(part) for part in error["loc"] if str(part) in _known_names() or error["type"] == "extra_forbidden"]
@@ -317,7 +326,8 @@ def _explain(error: Any, document: object) -> str:
         return f"{key or 'the config'}: expected a section of keys, not {shown}"
     if key == "runtime.device" or (error["loc"] and error["loc"][-1] == "device"):
         return f"{key}: should be auto, cpu, cuda, cuda:N or mps, not {shown}"
-    message = error["msg"][0].lower() + error["msg"][1:]
+    others = [e["msg"].removeprefix("Input should be ") for e in errors[1:]]
+    message = " or ".join([error["msg"][0].lower() + error["msg"][1:], *others])
     return f"{key}: {message.removeprefix('input ')}, not {shown}"
 
 

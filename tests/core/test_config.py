@@ -451,6 +451,22 @@ def test_a_set_of_an_unknown_key_is_refused(config: str | None, key: str, named:
     assert_readable(caught)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("train.weight_decay", "atuo", "should be a valid number or 'auto', not 'atuo'"),
+        ("train.weight_decay", -1, "should be greater than or equal to 0 or 'auto', not -1"),
+        ("train.max_iters", "many", "should be a valid integer or 'auto', not 'many'"),
+        ("runtime.compile", 3, "should be 'auto' or a valid boolean, not 3"),
+        ("out_dir", "", "string should have at least 1 character, not ''"),
+    ],
+)
+def test_what_may_be_one_thing_or_another_is_complained_of_once(key: str, value: object, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(None, [(key, value)])
+    assert str(caught.value) == f"--set: {key}: {said}"
+
+
 @pytest.mark.parametrize("name", sorted(shipped_configs()))
 def test_every_shipped_config_builds(name: str) -> None:
     assert load_config(name) == load_config(str(shipped_configs()[name]))
