@@ -74,6 +74,9 @@ REPEATED = [  # config, characters, its settings, steps, dropout, weight decay
     ("cpu", SHORT, QUICK, 645, 0.1, 0.1), *(("cpu", SHORT, QUICK, 645, 0, decay) for decay in (1.2, 2.4)),
     *(("cpu", SHORT, QUICK, 1300, 0, decay) for decay in (0.1, 2.4)),
     *(("cpu", PAGES, QUICK, 1300, 0, decay) for decay in (0.1, 5)),
+    *(("cpu", PAGES, QUICK | {"train.batch_size": size}, 1300, 0, 5) for size in ("4", "2")),
+    *(("modern", SHORT, {"train.batch_size": size, "train.warmup_iters": warmup}, steps, 0, 5)
+      for size, warmup, steps in (("64", "100", 81), ("64", "20", 81), ("16", "80", 322), ("8", "100", 645))),
 ]  # fmt: skip
 Repeated = tuple[str, int, dict[str, str], int, float, float]
 MINIGPT = [sys.executable, "-m", "minigpt_cli"]

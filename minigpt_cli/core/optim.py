@@ -19,6 +19,7 @@ MUON_BATCH = 1 << 26  # elements orthogonalised at a time: 256 MB in float32
 TOKENS_PER_PARAMETER = 20  # beyond which a larger model is the better use of time (Hoffmann et al. 2022)
 FEW_EPOCHS = 4  # up to which repeated text teaches nearly as much as new text (Muennighoff et al. 2023)
 MOST_EPOCHS = 12  # beyond which reading the same text again teaches little more (docs/recipe.md)
+WARMUP_PART = 4  # at most one of so many steps of an automatic horizon
 USUAL_DECAY = 0.1
 MOST_DECAY = 0.1  # of a weight, in one step
 ADAMW_KEEPS = 5  # times as long as Muon, for the same loss (docs/recipe.md)
@@ -136,13 +137,15 @@ def resolved(config: Config, n_tokens: int, n_parameters: int) -> Config:
     """The config with `max_iters` and `weight_decay` as numbers where they are auto, for this text and this model.
 
     As many steps as are worth it: 20 tokens per parameter (Hoffmann et al. 2022, arXiv:2203.15556), but no more than
-    12 passes over the text (repeated tokens are worth ever less: Muennighoff et al. 2023, arXiv:2305.16264).
+    12 passes over the text (repeated tokens are worth ever less: Muennighoff et al. 2023, arXiv:2305.16264). The warmup
+    takes at most a quarter of them.
     """
     train = config.train
     if train.max_iters == "auto":
         tokens = min(TOKENS_PER_PARAMETER * n_parameters, MOST_EPOCHS * n_tokens)
         steps = max(1, round(tokens / (train.batch_size * config.model.block_size)))
-        train = train.model_copy(update={"max_iters": steps})
+        warmup = min(train.warmup_iters, steps // WARMUP_PART)
+        train = train.model_copy(update={"max_iters": steps, "warmup_iters": warmup})
     if train.weight_decay == "auto":
         decay = fitting_decay(config.model_copy(update={"train": train}), n_tokens, n_parameters)
         train = train.model_copy(update={"weight_decay": decay})

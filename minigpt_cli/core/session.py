@@ -214,4 +214,6 @@ def _resolved(config: Config, dataset: Dataset, vocab_size: int, note: Note) -> 
         if getattr(config.train, key) == "auto":
             text = f"{len(dataset.train):,} tokens and {passes:.1f} passes over them"
             note(f"{key}: {value}, for {n_parameters:,} parameters, {text}")
+    if chosen.train.warmup_iters < config.train.warmup_iters:
+        note(f"warmup_iters: {chosen.train.warmup_iters} instead of {config.train.warmup_iters}, for so few steps")
     return chosen

@@ -12,7 +12,7 @@ from minigpt_cli.core.train import Result
 NOTICEABLE = 0.01  # a difference of loss, relative, that is worth a word
 LEARNED_BY_HEART = 0.15  # a training loss so much lower than the validation loss, relative
 MANY_EPOCHS = 10  # from which a text is learned by heart if nothing is done
-FEW_STEPS = 10  # in a pass over the text, with which there are hardly any before it is known by heart
+FEW_STEPS = 30  # in a pass over the text: smaller batches then learn more of it (docs/recipe.md)
 
 
 def advice(config: Config, n_tokens: int, n_parameters: int) -> str | None:
@@ -29,9 +29,14 @@ def advice(config: Config, n_tokens: int, n_parameters: int) -> str | None:
     if epochs < MANY_EPOCHS:
         return None
     if steps_per_epoch < FEW_STEPS:
+        smaller = train.batch_size
+        while smaller > 1 and n_tokens / (smaller * config.model.block_size) < FEW_STEPS:
+            smaller //= 2
+        makes = f"train.batch_size={smaller} makes {n_tokens / (smaller * config.model.block_size):.0f} of it"
         return (
-            f"A pass over the text takes only {steps_per_epoch:.1f} steps: it is soon known by heart. A smaller "
-            "train.batch_size makes more steps of it; --init-from begins with what another model knows."
+            f"A pass over the text takes only {steps_per_epoch:.1f} steps: it is soon known by heart. "
+            f"{makes if smaller < train.batch_size else 'More text would help'}; "
+            "--init-from begins with what another model knows."
         )
     decay = fitting_decay(config, n_tokens, n_parameters)
     if dropout < 0.1 and train.decay_strength < decay / 2:

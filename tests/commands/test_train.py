@@ -487,9 +487,21 @@ def test_advice_follows_the_passes_over_the_text(epochs: float, dropout: float, 
     assert (word in said) if word and said else said is None and word is None
 
 
-def test_advice_on_a_text_that_few_steps_read() -> None:
-    config = parse_config({"model": {"block_size": 100}, "train": {"max_iters": 50, "batch_size": 100}}, "test")
-    assert "only 5.0 steps" in (advice(config, 50_000, 1_000_000) or "")
+@pytest.mark.parametrize(
+    ("batch_size", "words"),
+    [(100, ["only 5.0 steps", "train.batch_size=12 makes 42 of it"]), (17, ["only 29.4", "=8 makes 62"]), (16, [])],
+)
+def test_advice_on_a_text_that_few_steps_read(batch_size: int, words: list[str]) -> None:
+    """50,000 tokens are 500 windows; halved until a pass takes 30 steps."""
+    train = {"max_iters": 600, "batch_size": batch_size}
+    config = parse_config({"model": {"block_size": 100}, "train": train}, "test")
+    said = advice(config, 50_000, 1_000) or ""
+    assert all(word in said for word in words) if words else "steps" not in said
+
+
+def test_advice_on_a_text_of_a_few_windows() -> None:
+    config = parse_config({"model": {"block_size": 100}, "train": {"max_iters": 600, "batch_size": 1}}, "test")
+    assert "only 3.0 steps: it is soon known by heart. More text would help" in (advice(config, 300, 1000) or "")
 
 
 def test_the_verdict_on_a_flat_curve() -> None:

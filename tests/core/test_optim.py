@@ -267,6 +267,17 @@ def test_the_horizon_is_twenty_tokens_a_parameter_and_at_most_twelve_epochs(
 
 
 @pytest.mark.parametrize(
+    ("max_iters", "tokens", "warmup"),
+    [("auto", 1_000_000, 100), ("auto", 34_000, 10), ("auto", 100, 0), (40, 34_000, 100)],
+)
+def test_warmup_is_at_most_a_quarter_of_an_automatic_horizon(max_iters: int | str, tokens: int, warmup: int) -> None:
+    """With 10,000 tokens a step, twelve passes are 1,200 steps; 41, of which 10; 1. A number of steps is left alone."""
+    train = {"max_iters": max_iters, "batch_size": 100, "warmup_iters": 100}
+    config = parse_config({"train": train, "model": {"block_size": 100}}, "test")
+    assert resolved(config, tokens, 10_000_000).train.warmup_iters == warmup
+
+
+@pytest.mark.parametrize(
     ("settings", "tokens", "parameters", "decay"),
     [
         ({"max_iters": 100}, 1_000_000, 4_000_000, 0.1),
