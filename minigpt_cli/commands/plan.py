@@ -13,9 +13,9 @@ from minigpt_cli.core.errors import UserError
 
 if TYPE_CHECKING:
     from minigpt_cli.core.config import Config
-    from minigpt_cli.core.dataset import Dataset
     from minigpt_cli.core.plan import Effort, Memory, Setting
     from minigpt_cli.core.runtime import Runtime
+    from minigpt_cli.core.session import Job
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _days(seconds: float) -> str:
     return f"{days:,.1f} days" if days >= 2 else f"{seconds / 3600:,.1f} hours"
 
 
-def show_one_step(config: Config, dataset: Dataset, vocab_size: int, runtime: Runtime) -> None:
+def show_one_step(job: Job, runtime: Runtime) -> None:
     """--dry-run alone: what the run will cost on this machine, by arithmetic and by a real step. Writes nothing."""
     import torch
 
@@ -172,10 +172,10 @@ def show_one_step(config: Config, dataset: Dataset, vocab_size: int, runtime: Ru
     from minigpt_cli.core.model import GPT
     from minigpt_cli.core.plan import plan_memory, setting_of
     from minigpt_cli.core.runtime import describe_device
-    from minigpt_cli.core.verdict import advice
 
     for line in runtime.notes:
         note(line)
+    config, dataset, vocab_size = job.config, job.dataset, job.vocab_size
     train = config.train
     with torch.device("meta"):
         counts = GPT(config.model, vocab_size).parameter_counts()
@@ -204,6 +204,6 @@ def show_one_step(config: Config, dataset: Dataset, vocab_size: int, runtime: Ru
     )
     if not runtime.world.leads:
         return
-    if said := advice(config, len(dataset.train), counts["total"]):
+    if said := job.advice():
         print(safe(said))
     print("Nothing was written.")

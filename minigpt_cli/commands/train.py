@@ -129,7 +129,7 @@ def train(
         weights = (lambda: _read_weights(init_from)) if init_from is not None else None
         job = make_job(config, overrides, world, note, weights=weights, resume=resume)
         if dry_run:
-            show_one_step(job.config, job.dataset, job.vocab_size, job.runtime())
+            show_one_step(job, job.runtime())
         else:
             _run(job, loggers, resume=resume, overwrite=overwrite, allow_data_change=allow_data_change)
 
@@ -160,7 +160,7 @@ def _run(job: Job, loggers: list[str], *, resume: bool, overwrite: bool, allow_d
     with StopSignals() as stop:
         result = run_session(
             job, resume=resume, overwrite=overwrite, allow_data_change=allow_data_change,
-            stop=stop, note=note, begin=lambda runtime: _advise(job, runtime), listen=listen,
+            stop=stop, note=note, begin=lambda runtime: _warn_if_slow(job, runtime), listen=listen,
         )  # fmt: skip
     if result.reason == "stopped":
         stopped = f"stopped at step {result.progress.step:,}, all saved; go on with:\n  {_resume_command(job.world)}"
@@ -187,24 +187,20 @@ def _logger(name: str, folder: RunFolder, job: Job, saved: Checkpoint | None, no
     )  # fmt: skip
 
 
-def _advise(job: Job, runtime: Runtime) -> None:
-    """Before it begins, say what does not suit the text; and before hours begin, by a step or two, how many."""
+def _warn_if_slow(job: Job, runtime: Runtime) -> None:
+    """Before hours begin: measure two steps, say how long it will take, and name the config that takes minutes."""
     from dataclasses import replace
 
     import torch
 
     from minigpt_cli.core.measure import measure_training
     from minigpt_cli.core.model import GPT
-    from minigpt_cli.core.verdict import advice
 
     config = job.config
     tokens = config.train.batch_size * config.model.block_size * config.train.steps
     with torch.device("meta"):
-        model = GPT(config.model, job.vocab_size)
-    n_parameters = model.parameter_counts()["total"]
-    if job.start is None and (said := advice(config, len(job.dataset.train), n_parameters)):
-        note(said)
-    if model.flops_per_token() * tokens < 1e15:  # under an hour on anything
+        flops = GPT(config.model, job.vocab_size).flops_per_token() * tokens
+    if flops < 1e15:  # under an hour on anything
         return
     eager = replace(runtime, compile=False)
     speed = measure_training(config, job.dataset.train, job.vocab_size, eager, steps=1, max_seconds=0)

@@ -28,6 +28,7 @@ from minigpt_cli.core.shards import open_sharded
 from minigpt_cli.core.start import require_tokenizer_of, starting_point, with_model_of
 from minigpt_cli.core.tokenizer import from_json
 from minigpt_cli.core.train import Result, train
+from minigpt_cli.core.verdict import advice
 from minigpt_cli.core.world import World
 
 Note = Callable[[str], object]
@@ -59,6 +60,14 @@ class Job:
             with contextlib.suppress(UserError):  # another machine, which cannot do what that one did
                 return choose_runtime(as_before, width=width, rows=rows, workload=workload, world=world)
         return choose_runtime(config, width=width, rows=rows, workload=workload, world=world)
+
+    def advice(self) -> str | None:
+        """What does not suit the text, in a sentence. The rules are for weights drawn anew: to others, nothing."""
+        if self.start is not None:
+            return None
+        with torch.device("meta"):
+            n_parameters = GPT(self.config.model, self.vocab_size).parameter_counts()["total"]
+        return advice(self.config, len(self.dataset.train), n_parameters)
 
 
 def settings_of(config: str | None, overrides: Sequence[tuple[str, Any]]) -> Config:
@@ -142,6 +151,8 @@ def run_session(
         for line in runtime.notes:
             note(line)
         if saved is None:
+            if said := job.advice():
+                note(said)
             begin(runtime)
         listeners: list[Listener] = []
         try:

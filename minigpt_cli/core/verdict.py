@@ -1,4 +1,4 @@
-"""What a finished run's numbers mean, in plain words."""
+"""What the numbers of a run mean, in plain words: of a planned one, what does not suit its text; of a finished one."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from commands.conftest import FOREVER, TINY, Done, call, command, environment, r
 from minigpt_cli.core import checkpoint
 from minigpt_cli.core.checkpoint import Progress
 from minigpt_cli.core.config import load_config, parse_config, shipped_configs
+from minigpt_cli.core.dataset import Dataset
 from minigpt_cli.core.train import Result
 from minigpt_cli.core.verdict import advice, verdict
 
@@ -229,6 +230,38 @@ def test_a_dry_run_counts_and_writes_nothing(here: Path) -> None:
     assert shown["memory: weights (planned)"] == f"{4 * sum(counts) / 1e3:.0f} kB"
     assert "loss 3." in shown["one step"]
     assert done.out.endswith("Nothing was written.\n")
+
+
+# --- what does not suit the text ---
+
+
+def few_steps(here: Path) -> list[str]:
+    """`modern.yaml`, small, with a batch that a pass over the text has only five of."""
+    tokens = len(Dataset("data/input").train)
+    small = sets(model__n_layer=1, model__n_embd=24, model__block_size=16, runtime__precision="fp32")
+    return ["--config", "modern", *small, *sets(train__batch_size=tokens // (5 * 16), train__max_iters=60)]
+
+
+def test_a_run_is_told_before_it_begins_what_does_not_suit_its_text(here: Path) -> None:
+    said = "A pass over the text takes only 5.0 steps"
+    done = call("train", *few_steps(here), "--out", "few")
+    assert done.code == 0
+    assert done.err.index(said) < done.err.index("step 10/60")
+    assert said in call("train", *few_steps(here), "--dry-run").out
+    more = call("train", *few_steps(here), "--out", "few", "--resume", *sets(train__max_iters=61))
+    assert more.code == 0
+    assert said not in more.err
+    begun = call("train", *few_steps(here), "--out", "begun", "--init-from", "few/best.safetensors")
+    assert begun.code == 0
+    assert said not in begun.err
+
+
+def test_a_short_horizon_of_its_own_has_a_short_warmup(here: Path) -> None:
+    done = call("train", *few_steps(here), *sets(train__max_iters="auto"), "--out", "auto")
+    assert done.code == 0
+    chosen = load_config("auto/config.yaml").train
+    assert chosen.warmup_iters == chosen.steps // 4 < 100
+    assert f"warmup_iters: {chosen.warmup_iters} instead of 100, for so few steps" in done.err
 
 
 # --- settings ---
