@@ -24,7 +24,8 @@ FLOORS = [
     {"shards"},
     {"run", "start", "writer"},
     {"train"},
-    {"measure", "plan", "session", "verdict"},
+    {"measure", "plan", "verdict"},
+    {"session"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 CORE, EXTRAS, COMMANDS = (sorted((PACKAGE / folder).rglob("*.py")) for folder in ("core", "extras", "commands"))
