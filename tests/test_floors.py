@@ -20,7 +20,7 @@ FLOORS = [
     {"encoder", "layers"},
     {"corpus", "model"},
     {"native"},
-    {"checkpoint", "evaluate", "generate", "optim"},
+    {"checkpoint", "evaluate", "generate", "optim", "step"},
     {"shards"},
     {"run", "start", "writer"},
     {"train"},

@@ -15,7 +15,8 @@ from minigpt_cli.core.generate import Sampling, for_decoding, generate, read_bac
 from minigpt_cli.core.model import GPT
 from minigpt_cli.core.optim import make_optimizer
 from minigpt_cli.core.runtime import Runtime, memory_advice, peak_flops, peak_memory_bytes
-from minigpt_cli.core.train import Statistics, TrainStep, make_model
+from minigpt_cli.core.step import Statistics, TrainStep
+from minigpt_cli.core.train import make_model
 
 
 @dataclass(frozen=True)

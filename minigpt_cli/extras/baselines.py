@@ -25,7 +25,7 @@ from minigpt_cli.core.generate import Sampling, for_decoding, generate, read_bac
 from minigpt_cli.core.model import GPT
 from minigpt_cli.core.optim import make_optimizer
 from minigpt_cli.core.runtime import Runtime, seed_everything
-from minigpt_cli.core.train import Statistics, TrainStep
+from minigpt_cli.core.step import Statistics, TrainStep
 
 ORACLE = Path(__file__).parents[2] / "tests"
 

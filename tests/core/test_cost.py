@@ -22,7 +22,7 @@ from minigpt_cli.core.measure import random_tokens
 from minigpt_cli.core.model import GPT
 from minigpt_cli.core.optim import make_optimizer
 from minigpt_cli.core.runtime import Runtime
-from minigpt_cli.core.train import Statistics, train_step
+from minigpt_cli.core.step import Statistics, train_step
 from runs import small_config
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

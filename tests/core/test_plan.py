@@ -18,7 +18,8 @@ from minigpt_cli.core.measure import measure_training, random_tokens
 from minigpt_cli.core.optim import WeightAverage, make_optimizer
 from minigpt_cli.core.plan import Setting, plan_effort, plan_memory, setting_of
 from minigpt_cli.core.runtime import Runtime
-from minigpt_cli.core.train import Statistics, make_model, train_step
+from minigpt_cli.core.step import Statistics, train_step
+from minigpt_cli.core.train import make_model
 
 SHAPE: dict[str, Any] = {"n_layer": 3, "n_head": 2, "n_embd": 64, "block_size": 160}
 MODERN: dict[str, Any] = {

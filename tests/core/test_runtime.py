@@ -217,7 +217,7 @@ def test_peak_memory_counts_what_this_process_held() -> None:
 def test_a_training_step_never_waits_for_the_gpu() -> None:
     from minigpt_cli.core.dataset import Batches
     from minigpt_cli.core.optim import make_optimizer
-    from minigpt_cli.core.train import Statistics, TrainStep
+    from minigpt_cli.core.step import Statistics, TrainStep
 
     runtime = choose(device="cuda", compile=False)
     config = small_config()

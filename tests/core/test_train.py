@@ -22,7 +22,7 @@ from minigpt_cli.core.model import GPT
 from minigpt_cli.core.optim import make_optimizer
 from minigpt_cli.core.run import check_resumable
 from minigpt_cli.core.runtime import Runtime
-from minigpt_cli.core.train import Statistics, train_step
+from minigpt_cli.core.step import Statistics, train_step
 from runs import CPU, RunTraining, small_config, write_dataset
 
 
