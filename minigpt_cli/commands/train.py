@@ -167,7 +167,7 @@ def _run(job: Job, loggers: list[str], *, resume: bool, overwrite: bool, allow_d
         raise job.world.everyones(Stopped(stopped, stop.exit_code))
     if result.reason == "complete" or not job.world.leads:
         return
-    for line in verdict(result, result.metrics, job.config):
+    for line in verdict(result, result.metrics, job.config, len(job.dataset.train), job.n_parameters):
         print(safe(line))
     best = shlex.quote(str(result.best or result.last))
     if job.config.runtime.checkpoints == "sharded":

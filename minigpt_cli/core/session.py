@@ -65,9 +65,12 @@ class Job:
         """What does not suit the text, in a sentence. The rules are for weights drawn anew: to others, nothing."""
         if self.start is not None:
             return None
+        return advice(self.config, len(self.dataset.train), self.n_parameters)
+
+    @property
+    def n_parameters(self) -> int:
         with torch.device("meta"):
-            n_parameters = GPT(self.config.model, self.vocab_size).parameter_counts()["total"]
-        return advice(self.config, len(self.dataset.train), n_parameters)
+            return GPT(self.config.model, self.vocab_size).parameter_counts()["total"]
 
 
 def settings_of(config: str | None, overrides: Sequence[tuple[str, Any]]) -> Config:

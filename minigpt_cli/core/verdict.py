@@ -29,17 +29,14 @@ def advice(config: Config, n_tokens: int, n_parameters: int) -> str | None:
     if epochs < MANY_EPOCHS:
         return None
     if steps_per_epoch < FEW_STEPS:
-        smaller = train.batch_size
-        while smaller > 1 and n_tokens / (smaller * config.model.block_size) < FEW_STEPS:
-            smaller //= 2
+        smaller = _fitting_batch(config, n_tokens)
         makes = f"train.batch_size={smaller} makes {n_tokens / (smaller * config.model.block_size):.0f} of it"
         return (
             f"A pass over the text takes only {steps_per_epoch:.1f} steps: it is soon known by heart. "
             f"{makes if smaller < train.batch_size else 'More text would help'}; "
             "--init-from begins with what another model knows."
         )
-    decay = fitting_decay(config, n_tokens, n_parameters)
-    if dropout < 0.1 and train.decay_strength < decay / 2:
+    if dropout < 0.1 and (decay := _missing_decay(config, n_tokens, n_parameters)):
         return (
             f"{epochs:.0f} passes over the text: train.weight_decay=auto, which is {decay:g} here, would keep it from "
             "being learned by heart."
@@ -47,8 +44,14 @@ def advice(config: Config, n_tokens: int, n_parameters: int) -> str | None:
     return None
 
 
-def verdict(result: Result, records: Sequence[Record], config: Config) -> list[str]:
-    """Sentences: best step, epochs seen, whether it overfits, what to change. `records` is metrics.jsonl."""
+def verdict(result: Result, records: Sequence[Record], config: Config, n_tokens: int, n_parameters: int) -> list[str]:
+    """Sentences: best step, epochs seen, whether it overfits, what to change. `records` is metrics.jsonl.
+
+    Advises only what the run has not: no more weight decay or smaller batches where the rules ask for none.
+    """
+    decay = ["train.weight_decay=auto"] if _missing_decay(config, n_tokens, n_parameters) else []
+    batch = _fitting_batch(config, n_tokens)
+    settings = decay + ([f"train.batch_size={batch}"] if batch < config.train.batch_size else [])
     progress = result.progress
     losses = [record["val_loss"] for record in records if "val_loss" in record]
     training = [(record["step"], record["train_loss"]) for record in records if "train_loss" in record]
@@ -70,7 +73,7 @@ def verdict(result: Result, records: Sequence[Record], config: Config) -> list[s
         lines.append(
             f"It overfits: since then the validation loss rose to {last:.4f} while the training loss fell on. "
             f"Use best.safetensors; next time stop near step {progress.best_step:,} "
-            "(train.max_iters or train.patience), set train.weight_decay=auto, or add text."
+            f"(train.max_iters or train.patience), {''.join(f'set {setting}, ' for setting in settings)}or add text."
         )
     elif last > progress.best_loss * (1 + NOTICEABLE):
         lines.append(
@@ -95,13 +98,27 @@ def verdict(result: Result, records: Sequence[Record], config: Config) -> list[s
     elif gap > LEARNED_BY_HEART * last:
         lines.append(
             f"The training loss is {gap:.2f} lower than the validation loss: the model begins to learn the text "
-            "by heart. More text would help, or train.weight_decay=auto where it is less; a larger model would not."
+            f"by heart. {' or '.join(['More text', *settings])} would help; a larger model would not."
         )
     else:
         lines.append(
             "No sign of overfitting; the curve has flattened. A larger model, or a longer context, could go lower."
         )
     return lines
+
+
+def _missing_decay(config: Config, n_tokens: int, n_parameters: int) -> float | None:
+    """The weight decay that `auto` would have chosen, where that is much more than the config's."""
+    decay = fitting_decay(config, n_tokens, n_parameters)
+    return decay if config.train.decay_strength < decay / 2 else None
+
+
+def _fitting_batch(config: Config, n_tokens: int) -> int:
+    """The config's batch size, halved until a pass over the text takes FEW_STEPS."""
+    batch = config.train.batch_size
+    while batch > 1 and n_tokens / (batch * config.model.block_size) < FEW_STEPS:
+        batch //= 2
+    return batch
 
 
 def _mean(values: Sequence[float]) -> float:

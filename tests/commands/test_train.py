@@ -459,8 +459,9 @@ def test_two_runs_in_one_folder_are_refused(here: Path) -> None:
 
 
 def judged(
-    losses: list[float], training: list[float], reason: str = "finished", epochs: float = 4.0, **train: object
-) -> str:
+    losses: list[float], training: list[float], reason: str = "finished", epochs: float = 4.0,
+    n_tokens: int = 1_000_000, **train: object,
+) -> str:  # fmt: skip
     """The verdict on a run with these validation losses, one every 100 steps, and these training losses."""
     best = min(losses, default=None)
     progress = Progress(
@@ -469,8 +470,9 @@ def judged(
     )  # fmt: skip
     records: list[dict[str, Any]] = [{"step": 100 * (i + 1), "val_loss": loss} for i, loss in enumerate(losses)]
     records += [{"step": 100 * (i + 1), "train_loss": loss} for i, loss in enumerate(training)]
-    config = parse_config({"train": train}, "test")
-    return "\n".join(verdict(Result(reason, progress, epochs, Path("best"), Path("last")), records, config))
+    config = parse_config({"model": {"block_size": 100}, "train": {"max_iters": 1200, **train}}, "test")
+    result = Result(reason, progress, epochs, Path("best"), Path("last"))
+    return "\n".join(verdict(result, records, config, n_tokens, 4_000_000))
 
 
 def test_the_verdict_names_the_best_step_and_the_epochs_until_then() -> None:
@@ -485,7 +487,20 @@ def test_the_verdict_on_overfitting_says_what_to_change() -> None:
     assert "It overfits" in said
     assert "rose to 1.9000" in said
     assert "stop near step 200" in said
-    assert "train.weight_decay=auto" in said
+    assert said.endswith("(train.max_iters or train.patience), set train.weight_decay=auto, or add text.")
+
+
+def test_the_verdict_advises_nothing_that_the_run_has() -> None:
+    """Twelve passes of 100 steps each, with four parameters per token: the rule asks for a weight decay of 1."""
+    curves = [2.0, 1.5, 1.7, 1.9], [2.0, 1.4, 1.0, 0.6]
+    rule = {"optimizer": "muon", "batch_size": 100}
+    assert judged(*curves, **rule, weight_decay=1.0).endswith("(train.max_iters or train.patience), or add text.")
+    assert "set train.weight_decay=auto, or" in judged(*curves, **rule, weight_decay=0.1)
+    few = judged(*curves, n_tokens=50_000, batch_size=100, weight_decay=1e3)
+    assert few.endswith("(train.max_iters or train.patience), set train.batch_size=12, or add text.")
+    flat = [2.0, 1.5, 1.4999, 1.4998]
+    assert "by heart. More text would help; a larger" in judged(flat, [1.0], **rule, weight_decay=1.0)
+    assert "by heart. More text or train.weight_decay=auto would" in judged(flat, [1.0], **rule, weight_decay=0.1)
 
 
 def test_the_verdict_on_a_run_that_was_still_learning() -> None:
