@@ -69,8 +69,7 @@ class Job:
 
     @property
     def n_parameters(self) -> int:
-        with torch.device("meta"):
-            return GPT(self.config.model, self.vocab_size).parameter_counts()["total"]
+        return _n_parameters(self.config, self.vocab_size)
 
 
 def settings_of(config: str | None, overrides: Sequence[tuple[str, Any]]) -> Config:
@@ -145,7 +144,8 @@ def run_session(
                 f"{path}: this run is finished (step {saved.header.step:,}); "
                 "to go on give it more steps: --resume --set train.max_iters=N"
             )
-            return Result.of("complete", saved.header.progress, job.dataset, folder)
+            fine_tuned = saved.header.initialised_from is not None
+            return Result.of("complete", saved.header.progress, job.dataset, folder, fine_tuned=fine_tuned)
         if saved is not None:
             note(f"resuming {saved.path} at step {saved.header.step:,}")
             runtime = job.runtime(saved)
@@ -219,8 +219,7 @@ def _same_for_all(job: Job, saved: Checkpoint | None, note: Note, *, allow_data_
 def _resolved(config: Config, dataset: Dataset, vocab_size: int, note: Note) -> Config:
     if "auto" not in (config.train.max_iters, config.train.weight_decay):
         return config
-    with torch.device("meta"):
-        n_parameters = GPT(config.model, vocab_size).parameter_counts()["total"]
+    n_parameters = _n_parameters(config, vocab_size)
     chosen = resolved(config, len(dataset.train), n_parameters)
     passes = chosen.train.steps * config.train.batch_size * config.model.block_size / len(dataset.train)
     found = [("max_iters", f"{chosen.train.steps:,}"), ("weight_decay", f"{chosen.train.decay_strength:g}")]
@@ -231,3 +230,8 @@ def _resolved(config: Config, dataset: Dataset, vocab_size: int, note: Note) -> 
     if chosen.train.warmup_iters < config.train.warmup_iters:
         note(f"warmup_iters: {chosen.train.warmup_iters} instead of {config.train.warmup_iters}, for so few steps")
     return chosen
+
+
+def _n_parameters(config: Config, vocab_size: int) -> int:
+    with torch.device("meta"):
+        return GPT(config.model, vocab_size).parameter_counts()["total"]

@@ -46,13 +46,14 @@ class Result:
     epochs: float
     best: Path | None
     last: Path
+    fine_tuned: bool = False  # it began with weights from elsewhere
 
     @classmethod
-    def of(cls, reason: str, progress: Progress, dataset: Dataset, folder: RunFolder) -> Result:
+    def of(cls, reason: str, progress: Progress, dataset: Dataset, folder: RunFolder, *, fine_tuned: bool) -> Result:
         """With what lies in the folder by now."""
         best = next((path for path in (folder.best, *folder.shards("best")) if path.exists()), None)
         last = next(iter(folder.shards("last")), folder.last)
-        return cls(reason, progress, progress.tokens_seen / len(dataset.train), best, last)
+        return cls(reason, progress, progress.tokens_seen / len(dataset.train), best, last, fine_tuned)
 
     @property
     def metrics(self) -> list[Record]:
@@ -75,7 +76,7 @@ def train(
             reason = trainer.run()
         finally:
             trainer.saver.close()
-    return Result.of(reason, trainer.progress, dataset, folder)
+    return Result.of(reason, trainer.progress, dataset, folder, fine_tuned=trainer.origin is not None)
 
 
 class Trainer:

@@ -47,9 +47,12 @@ def advice(config: Config, n_tokens: int, n_parameters: int) -> str | None:
 def verdict(result: Result, records: Sequence[Record], config: Config, n_tokens: int, n_parameters: int) -> list[str]:
     """Sentences: best step, epochs seen, whether it overfits, what to change. `records` is metrics.jsonl.
 
-    Advises only what the run has not: no more weight decay or smaller batches where the rules ask for none.
+    Advises only what the run has not: no more weight decay or smaller batches where the rules ask for none. The decay
+    takes dropout's place, and would undo what a fine-tuned model began with.
     """
-    decay = ["train.weight_decay=auto"] if _missing_decay(config, n_tokens, n_parameters) else []
+    decay = []
+    if not result.fine_tuned and _missing_decay(config, n_tokens, n_parameters):
+        decay = ["train.weight_decay=auto" + (" with model.dropout=0" if config.model.dropout >= 0.1 else "")]
     batch = _fitting_batch(config, n_tokens)
     settings = decay + ([f"train.batch_size={batch}"] if batch < config.train.batch_size else [])
     progress = result.progress

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from commands.conftest import TINY, Done, call, sets, tree
+from minigpt_cli import train
 from minigpt_cli.core import checkpoint
 
 QUICK = sets(
@@ -70,6 +71,15 @@ def test_a_resumed_fine_tune_goes_on_from_its_own_last_and_needs_the_source_no_m
     whole, halves = (checkpoint.load(f"{name}/last.safetensors") for name in ("whole", "halves"))
     assert halves.header.initialised_from == whole.header.initialised_from is not None
     assert all(torch.equal(halves.tensors[name], tensor) for name, tensor in whole.tensors.items())
+
+
+def test_what_it_began_with_is_known_when_it_ends(new: Path) -> None:
+    assert fine_tune("checkpoints/best.safetensors", "--out", "tuned", *sets(train__max_iters=15)).code == 0
+    resumed = train(resume=True, out="tuned", settings={"train.max_iters": 20})
+    complete = train(resume=True, out="tuned")
+    assert (resumed.reason, resumed.fine_tuned) == ("finished", True)
+    assert (complete.reason, complete.fine_tuned) == ("complete", True)
+    assert not train(resume=True, out="checkpoints").fine_tuned
 
 
 def test_a_source_that_never_gets_better_stays_the_best(new: Path) -> None:

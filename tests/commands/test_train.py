@@ -460,7 +460,7 @@ def test_two_runs_in_one_folder_are_refused(here: Path) -> None:
 
 def judged(
     losses: list[float], training: list[float], reason: str = "finished", epochs: float = 4.0,
-    n_tokens: int = 1_000_000, **train: object,
+    n_tokens: int = 1_000_000, dropout: float = 0.0, fine_tuned: bool = False, **train: object,
 ) -> str:  # fmt: skip
     """The verdict on a run with these validation losses, one every 100 steps, and these training losses."""
     best = min(losses, default=None)
@@ -470,8 +470,10 @@ def judged(
     )  # fmt: skip
     records: list[dict[str, Any]] = [{"step": 100 * (i + 1), "val_loss": loss} for i, loss in enumerate(losses)]
     records += [{"step": 100 * (i + 1), "train_loss": loss} for i, loss in enumerate(training)]
-    config = parse_config({"model": {"block_size": 100}, "train": {"max_iters": 1200, **train}}, "test")
-    result = Result(reason, progress, epochs, Path("best"), Path("last"))
+    config = parse_config(
+        {"model": {"block_size": 100, "dropout": dropout}, "train": {"max_iters": 1200, **train}}, "test"
+    )
+    result = Result(reason, progress, epochs, Path("best"), Path("last"), fine_tuned)
     return "\n".join(verdict(result, records, config, n_tokens, 4_000_000))
 
 
@@ -496,6 +498,8 @@ def test_the_verdict_advises_nothing_that_the_run_has() -> None:
     rule = {"optimizer": "muon", "batch_size": 100}
     assert judged(*curves, **rule, weight_decay=1.0).endswith("(train.max_iters or train.patience), or add text.")
     assert "set train.weight_decay=auto, or" in judged(*curves, **rule, weight_decay=0.1)
+    assert "set train.weight_decay=auto with model.dropout=0, or" in judged(*curves, **rule, dropout=0.2)
+    assert judged(*curves, **rule, fine_tuned=True).endswith("(train.max_iters or train.patience), or add text.")
     few = judged(*curves, n_tokens=50_000, batch_size=100, weight_decay=1e3)
     assert few.endswith("(train.max_iters or train.patience), set train.batch_size=12, or add text.")
     flat = [2.0, 1.5, 1.4999, 1.4998]
