@@ -1,4 +1,4 @@
-"""Dropout and causal attention, each with a form of its own for training on a CPU, where PyTorch's is slow.
+"""Dropout, causal attention and SwiGLU, each with a form of its own for training on a CPU, where PyTorch's is slow.
 
 Elsewhere, and where nothing is to be learned, they are PyTorch's. Measured in docs/benchmarks.md.
 Shapes: B batch, H heads, T time, D head width.
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ROWS = 128  # queries at a time: what lies beyond the diagonal of their block is never computed
+BLOCK_ROWS = {torch.float32: 64, torch.bfloat16: 128}  # the fastest of 32, 64, 128 and 256 (docs/benchmarks.md)
 
 
 def dropout(x: Tensor, rate: float) -> Tensor:
@@ -35,6 +35,20 @@ def causal_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, rate: float
     return F.scaled_dot_product_attention(
         q_BHTD, k_BHTD, v_BHTD, dropout_p=rate, is_causal=q_BHTD.shape[2] > 1, enable_gqa=groups > 1
     )
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * value, which lie side by side in x (Shazeer 2020, arXiv:2002.05202). Halves the last axis."""
+    if x.is_cpu and torch.is_grad_enabled():
+        return _SwiGLU.apply(x)
+    gate, value = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+def attention_blocks(T: int, dtype: torch.dtype) -> list[tuple[int, int]]:
+    """The blocks of queries (first, end) that a CPU trains with: a block computes no scores for keys past its end."""
+    rows = BLOCK_ROWS.get(dtype, 64)
+    return [(i, min(i + rows, T)) for i in range(0, T, rows)]
 
 
 def kept(x: Tensor, rate: float) -> Tensor:
@@ -68,40 +82,67 @@ class _CausalAttention(torch.autograd.Function):
         B, H, T, D = q_BHTD.shape
         q, k, v = (part.reshape(B * H, T, D) for part in (q_BHTD / math.sqrt(D), k_BHTD, v_BHTD))
         outputs, weights, masks = [], [], []
-        future = torch.full((min(ROWS, T),) * 2, -math.inf, dtype=q.dtype).triu(1)
-        for i, j in _blocks(T):
+        blocks = attention_blocks(T, q.dtype)
+        longest = blocks[0][1]
+        future = torch.full((longest, longest), -math.inf, dtype=q.dtype).triu(1)
+        for i, j in blocks:
             scores = q[:, i:j] @ k[:, :j].transpose(1, 2)  # (N, j - i, j)
             scores[..., i:] += future[: j - i, : j - i]
             weights.append(scores.softmax(dim=-1))
             if rate:
                 masks.append(kept(scores, rate))
-            outputs.append((weights[-1] * masks[-1] if rate else weights[-1]) @ v[:, :j] / (1 - rate))
+            outputs.append((weights[-1] * masks[-1] if rate else weights[-1]) @ v[:, :j])
         ctx.rate = rate
         ctx.save_for_backward(q, k, v, *weights, *masks)
-        return _joined(outputs).view(B, H, T, D)
+        y = _joined(outputs)
+        return (y.div_(1 - rate) if rate else y).view(B, H, T, D)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BHTD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         B, H, T, D = grad_BHTD.shape
         q, k, v, *saved = ctx.saved_tensors
-        grad, blocks = (grad_BHTD / (1 - ctx.rate)).reshape(B * H, T, D), _blocks(T)
+        blocks = attention_blocks(T, q.dtype)
         weights, masks = saved[: len(blocks)], saved[len(blocks) :]
-        dq, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
-        for n, (i, j) in enumerate(blocks):
+        grad = (grad_BHTD / (1 - ctx.rate) if masks else grad_BHTD).reshape(B * H, T, D)
+        dq, dk, dv = [], torch.empty_like(k), torch.empty_like(v)
+        for n, (i, j) in reversed(list(enumerate(blocks))):  # the last block sees all keys: it fills dk and dv
             dropped = weights[n] * masks[n] if masks else weights[n]
-            dv[:, :j].baddbmm_(dropped.transpose(1, 2), grad[:, i:j])
             dweights = grad[:, i:j] @ v[:, :j].transpose(1, 2)
             if masks:
                 dweights *= masks[n]
             dscores = torch._softmax_backward_data(dweights, weights[n], -1, q.dtype)
-            dq.append(dscores @ k[:, :j] / math.sqrt(D))
-            dk[:, :j].baddbmm_(dscores.transpose(1, 2), q[:, i:j])
-        return _joined(dq).view(B, H, T, D), dk.view(B, H, T, D), dv.view(B, H, T, D), None
+            dq.append(dscores @ k[:, :j])
+            if j == T:
+                torch.bmm(dscores.transpose(1, 2), q[:, i:j], out=dk)
+                torch.bmm(dropped.transpose(1, 2), grad[:, i:j], out=dv)
+            else:  # a product into part of a tensor would be taken matrix by matrix
+                dk[:, :j] += dscores.transpose(1, 2) @ q[:, i:j]
+                dv[:, :j] += dropped.transpose(1, 2) @ grad[:, i:j]
+        dq_NTD = _joined(dq[::-1]).div_(math.sqrt(D))
+        return dq_NTD.view(B, H, T, D), dk.view(B, H, T, D), dv.view(B, H, T, D), None
 
 
-def _blocks(T: int) -> list[tuple[int, int]]:
-    return [(i, min(i + ROWS, T)) for i in range(0, T, ROWS)]
+class _SwiGLU(torch.autograd.Function):
+    """Both halves of the gradient are written in place: autograd would compute them apart, then join them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        gate, value = x.chunk(2, dim=-1)
+        open_gate = F.silu(gate)
+        ctx.save_for_backward(x, open_gate)
+        return open_gate * value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        x, open_gate = ctx.saved_tensors
+        gate, value = x.chunk(2, dim=-1)
+        dx = torch.empty_like(x)
+        dgate, dvalue = dx.chunk(2, dim=-1)
+        torch.mul(grad, open_gate, out=dvalue)
+        torch.ops.aten.silu_backward.grad_input(grad * value, gate, grad_input=dgate)
+        return dx
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

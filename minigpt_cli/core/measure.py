@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from minigpt_cli.core.allocator import freed_memory_kept
 from minigpt_cli.core.config import Config
 from minigpt_cli.core.dataset import Batches, Tokens
 from minigpt_cli.core.generate import Sampling, for_decoding, generate, read_back
@@ -40,7 +41,7 @@ def measure_training(
     pieces = train.pieces(world.size)
     start = time.perf_counter()
     seconds: list[float] = []
-    with memory_advice(train, runtime.device, world.size):
+    with memory_advice(train, runtime.device, world.size), freed_memory_kept():
         model = make_model(config, vocab_size, runtime)
         optimizer = make_optimizer(model, train, runtime.update_dtype)
         scaler, counters = runtime.scaler(), Statistics.zeros(runtime.device)

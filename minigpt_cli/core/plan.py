@@ -17,7 +17,7 @@ import torch
 
 from minigpt_cli.core.config import Config, ModelConfig
 from minigpt_cli.core.dataset import RESIDENT_BYTES
-from minigpt_cli.core.kernels import ROWS
+from minigpt_cli.core.kernels import attention_blocks
 from minigpt_cli.core.layers import default_mlp_width
 from minigpt_cli.core.model import GPT, WHOLE_LOGITS
 from minigpt_cli.core.optim import in_batches
@@ -142,8 +142,8 @@ def _kept_by_block(config: ModelConfig, setting: Setting) -> int:
     if config.qk_norm and config.norm != "none":
         kept += _kept_by_norm(config, setting, A + K, H + Hkv)
     if cpu:  # q, k and v copied, the weights of attention, their mask, the result in two layouts
-        attended = s * H * sum(min(ROWS, config.block_size - i) * min(i + ROWS, config.block_size)
-                               for i in range(0, config.block_size, ROWS)) // config.block_size  # fmt: skip
+        blocks = attention_blocks(config.block_size, torch.bfloat16 if half else torch.float32)
+        attended = s * H * sum((j - i) * j for i, j in blocks) // config.block_size
         kept += 3 * s * A + attended * (2 if _rate(config, "dropout_attn") else 1) + s * A
         if config.qk_norm and (config.norm == "layernorm" or (config.norm == "rmsnorm" and not half)):
             kept += s * (A + 2 * K)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minigpt_cli.core import checkpoint, shards
+from minigpt_cli.core.allocator import freed_memory_kept
 from minigpt_cli.core.checkpoint import MODEL, OPTIMIZER, SHARDED, Checkpoint, Progress
 from minigpt_cli.core.config import Config
 from minigpt_cli.core.dataset import Batches, Dataset
@@ -70,7 +71,7 @@ def train(
     `stop` is asked after every step; when it answers with something true the run saves and returns. Raises
     MinigptError when the loss or the gradient is not finite, or when a checkpoint cannot be written.
     """
-    with memory_advice(config.train, runtime.device, runtime.world.size):
+    with memory_advice(config.train, runtime.device, runtime.world.size), freed_memory_kept():
         trainer = Trainer(config, dataset, folder, runtime, listeners, resume, stop)
         try:
             reason = trainer.run()

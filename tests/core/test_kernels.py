@@ -10,6 +10,8 @@ from torch import Tensor
 
 from minigpt_cli.core import kernels
 
+ROWS = kernels.attention_blocks(10**6, torch.float64)[0][1]
+
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One query at a time."""
@@ -25,7 +27,7 @@ def heads(T: int, n: int = 3, width: int = 8, dtype: torch.dtype = torch.float64
     return torch.randn(2, n, T, width, dtype=dtype, requires_grad=True)
 
 
-@pytest.mark.parametrize("T", [1, 5, kernels.ROWS, kernels.ROWS + 1, 2 * kernels.ROWS + 37])
+@pytest.mark.parametrize("T", [1, 5, ROWS, ROWS + 1, 2 * ROWS + 37])
 @pytest.mark.parametrize("shared", [False, True])
 def test_attention_and_its_gradients_are_those_of_one_query_at_a_time(T: int, shared: bool) -> None:
     q, k, v, direction = heads(T), heads(T, 1 if shared else 3), heads(T, 1 if shared else 3), heads(T).detach()
@@ -40,7 +42,7 @@ def test_attention_and_its_gradients_are_those_of_one_query_at_a_time(T: int, sh
         torch.testing.assert_close(kernels.causal_attention(q, k, v, 0.0), expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("T", [6, kernels.ROWS + 3])
+@pytest.mark.parametrize("T", [6, ROWS + 3])
 def test_gradients_fit_the_attention_weights_that_were_dropped(T: int) -> None:
     """The same seed draws the same masks: then a difference quotient tells what the gradient must be."""
     q, k, v = heads(T, 1, 4), heads(T, 1, 4), heads(T, 1, 4)
@@ -91,3 +93,23 @@ def test_dropout_of_a_view_drops_what_it_would_of_a_copy() -> None:
     torch.manual_seed(1)
     assert torch.equal(from_view, kernels.dropout(x.contiguous(), 0.5))
     assert 0 < int((from_view == 0).sum()) < 30
+
+
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_attention_blocks_follow_one_another_and_cover_every_query(T: int, dtype: torch.dtype) -> None:
+    blocks = kernels.attention_blocks(T, dtype)
+    assert [row for first, end in blocks for row in range(first, end)] == list(range(T))
+
+
+def test_swiglu_and_its_gradient_are_those_of_the_formula() -> None:
+    x = torch.randn(3, 5, 14, dtype=torch.float64, requires_grad=True)
+    gate, value = x[..., :7], x[..., 7:]
+    expected, direction = gate * value / (1 + torch.exp(-gate)), torch.randn(3, 5, 7, dtype=torch.float64)
+    (wanted,) = torch.autograd.grad((expected * direction).sum(), x)
+    y = kernels.swiglu(x)
+    (found,) = torch.autograd.grad((y * direction).sum(), x)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(kernels.swiglu(x), expected, rtol=0, atol=1e-12)
