@@ -176,27 +176,47 @@ def lm_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Loss and gradient, (softmax - one-hot) / N, chunk of rows by chunk; what is kept has the logits' dtype."""
+    """The loss, chunk of rows by chunk. Kept for the backward pass: the logits, and each row's log-sum-exp.
+
+    The gradient, (softmax - one-hot) / N, is computed in float32 and multiplied by the incoming one before it gets the
+    logits' dtype: with fp16's loss scaling its small entries would else round to zero.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-        total, gradient_NV = logits_NV.new_zeros((), dtype=torch.float32), torch.empty_like(logits_NV)
-        rows = max(1, WHOLE_LOGITS // logits_NV.shape[1])
-        for logits, targets, gradient in zip(
-            logits_NV.split(rows), targets_N.split(rows), gradient_NV.split(rows), strict=True
-        ):
-            log_probs = logits.float().log_softmax(dim=1)
-            total -= log_probs.gather(1, targets[:, None]).sum()
-            probs = log_probs.exp_().scatter_add_(1, targets[:, None], log_probs.new_full((len(targets), 1), -1.0))
-            gradient.copy_(probs.div_(len(targets_N)))
-        ctx.save_for_backward(gradient_NV)
-        return total / len(targets_N)
+        largest_N = logits_NV.amax(dim=1).float()
+        sums_N = torch.empty_like(largest_N)
+        buffer = _chunk_like(logits_NV)
+        for logits, largest, sums in _chunks(logits_NV, largest_N, sums_N):
+            scaled = torch.sub(logits, largest[:, None], out=buffer[: len(logits)]).exp_()
+            torch.sum(scaled, dim=1, out=sums)
+        log_sums_N = largest_N + sums_N.log()
+        ctx.save_for_backward(logits_NV, log_sums_N, targets_N)
+        return (log_sums_N - logits_NV.gather(1, targets_N[:, None])[:, 0].float()).mean()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (gradient_NV,) = ctx.saved_tensors
-        return gradient_NV.mul_(grad), None  # in place: of all tensors of the step, this is the largest
+        logits_NV, log_sums_N, targets_N = ctx.saved_tensors
+        gradient_NV = torch.empty_like(logits_NV)
+        buffer, scale = _chunk_like(logits_NV), grad / len(targets_N)
+        for logits, log_sums, targets, gradient in _chunks(logits_NV, log_sums_N, targets_N, gradient_NV):
+            probs = torch.sub(logits, log_sums[:, None], out=buffer[: len(logits)]).exp_()
+            probs.scatter_add_(1, targets[:, None], probs.new_full((len(targets), 1), -1.0))
+            gradient.copy_(probs.mul_(scale))
+        return gradient_NV, None
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each, so many that a chunk of the first has at most `WHOLE_LOGITS` elements, but at least one."""
+    rows = max(1, WHOLE_LOGITS // tensors[0].shape[1])
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+
+
+def _chunk_like(logits_NV: Tensor) -> Tensor:
+    """One float32 buffer for all chunks: to allocate each anew takes longer than to compute it."""
+    rows = min(len(logits_NV), max(1, WHOLE_LOGITS // logits_NV.shape[1]))
+    return logits_NV.new_empty((rows, logits_NV.shape[1]), dtype=torch.float32)
 
 
 def initial_weights(model: GPT) -> Iterator[tuple[str, Tensor]]:

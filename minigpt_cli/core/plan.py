@@ -180,7 +180,7 @@ def _loss(n: int, s: int, *, padded: bool, capped: bool) -> int:
     logits = s * n * (2 if capped else 1)  # what was bent is kept, too
     if n <= WHOLE_LOGITS:  # in float32: the log-probabilities, and two gradients
         return logits + 3 * FP32 * n
-    chunk = (3 if s < FP32 else 2) * FP32 * WHOLE_LOGITS  # in float32, its log-probabilities, those of the last one
+    chunk = FP32 * WHOLE_LOGITS
     return logits + s * n + max(chunk, s * n if padded or capped else 0)  # the gradient, and once more: unbent, wider
 
 
