@@ -163,6 +163,7 @@ def _days(seconds: float) -> str:
 
 def show_one_step(job: Job, runtime: Runtime) -> None:
     """--dry-run alone: what the run will cost on this machine, by arithmetic and by a real step. Writes nothing."""
+    from minigpt_cli.commands.display import telling
     from minigpt_cli.core.measure import measure_training
     from minigpt_cli.core.model import empty_model
     from minigpt_cli.core.plan import plan_memory, setting_of
@@ -176,7 +177,8 @@ def show_one_step(job: Job, runtime: Runtime) -> None:
     print_table("Parameters", [(name, f"{count:,}") for name, count in counts.items() if count])
     per_step = train.batch_size * config.model.block_size
     memory = plan_memory(config, vocab_size, setting_of(runtime), len(dataset.train))
-    speed = measure_training(config, dataset.train, vocab_size, runtime, steps=3, max_seconds=2)
+    with telling(lambda: "taking a few real steps, to time them"):
+        speed = measure_training(config, dataset.train, vocab_size, runtime, steps=3, max_seconds=2)
     evaluations = train.steps // train.eval_interval + 1
     seconds = speed.step_seconds * (train.steps + evaluations * len(dataset.val) / per_step / 3)  # forward: a third
     print_table(

@@ -52,11 +52,8 @@ class Job:
         steps = train.steps - (saved.header.step if saved else 0)
         workload = Workload(steps, model.n_layer, flops, gpt.parameter_counts()["total"])
         width, rows = model.n_embd, train.batch_size // (world.size * pieces) * model.block_size
-        if saved is not None and config.precision == "auto":  # a measured choice could fall otherwise this time
-            as_before = config.model_copy(update={"precision": saved.header.progress.precision})
-            with contextlib.suppress(UserError):  # another machine, which cannot do what that one did
-                return choose_runtime(as_before, width=width, rows=rows, workload=workload, world=world)
-        return choose_runtime(config, width=width, rows=rows, workload=workload, world=world)
+        before = saved.header.progress.precision if saved is not None else None
+        return choose_runtime(config, width=width, rows=rows, workload=workload, world=world, before=before)
 
     def advice(self) -> str | None:
         """What does not suit the text, in a sentence. The rules are for weights drawn anew: to others, nothing."""
