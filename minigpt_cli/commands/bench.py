@@ -83,9 +83,10 @@ def _measure(
 
     import torch
 
+    from minigpt_cli.commands.display import telling
     from minigpt_cli.core.dataset import Dataset, require_known_tokens, require_window
     from minigpt_cli.core.measure import measure_decoding, measure_training, random_tokens
-    from minigpt_cli.core.model import GPT
+    from minigpt_cli.core.model import empty_model
     from minigpt_cli.core.optim import resolved
     from minigpt_cli.core.runtime import choose_decoding_runtime, choose_runtime, describe_device
     from minigpt_cli.core.tokenizer import from_json
@@ -102,21 +103,26 @@ def _measure(
         data = random_tokens(max(1_000_000, 2 * chosen.model.block_size), vocab_size)
     require_window(data, chosen.model.block_size)
     require_known_tokens(data, vocab_size, Path(chosen.data.path))
-    parameters = GPT(chosen.model, vocab_size).parameter_counts()["total"]
+    parameters = empty_model(chosen.model, vocab_size).parameter_counts()["total"]
     chosen = resolved(chosen, len(data), parameters)
     decoder = choose_decoding_runtime(chosen.runtime, parameters)
     for line in (*runtime.notes, *(line for line in decoder.notes if line not in runtime.notes)):
         note(line)
-    training = measure_training(chosen, data, vocab_size, runtime, steps=steps, max_seconds=seconds)
+    with telling(lambda: "timing training steps"):
+        training = measure_training(chosen, data, vocab_size, runtime, steps=steps, max_seconds=seconds)
     decoding = None
     if world.leads:
-        decoding = measure_decoding(chosen, vocab_size, decoder, streams=streams, tokens=tokens, max_seconds=seconds)
+        with telling(lambda: "timing decoding"):
+            decoding = measure_decoding(
+                chosen, vocab_size, decoder, streams=streams, tokens=tokens, max_seconds=seconds
+            )
     baselines: dict[str, Any] = {}
     if names:
-        races = race(
-            names, chosen, data, vocab_size, runtime, decoder,
-            steps=steps, streams=streams, tokens=tokens, max_seconds=seconds,
-        )  # fmt: skip
+        with telling(lambda: f"taking turns with {' and '.join(names)}"):
+            races = race(
+                names, chosen, data, vocab_size, runtime, decoder,
+                steps=steps, streams=streams, tokens=tokens, max_seconds=seconds,
+            )  # fmt: skip
         baselines = {name: asdict(against) for name, against in races.items()}
     result: dict[str, Any] = {
         "train_tokens_per_second": training.tokens_per_second, "decode_tokens_per_second": decoding,
@@ -125,7 +131,7 @@ def _measure(
         "step_seconds": training.step_seconds, "first_step_seconds": training.first_step_seconds,
         "flops_utilisation": training.flops_utilisation, "decode_streams": streams, "data": corpus,
         "device": describe_device(runtime.device), "precision": runtime.precision,
-        "decode_precision": decoder.precision, "decode_compiled": decoder.compile,
+        "decode_precision": decoder.decoding, "decode_compiled": decoder.compile,
         "compiled": runtime.compile, "torch": torch.__version__,
         "ranks": world.size, "parallel": runtime.parallel,
     }  # fmt: skip

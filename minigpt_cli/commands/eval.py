@@ -59,11 +59,12 @@ def evaluate(
 
 def _measure(ckpt: Path, data: Path | None, split: str, device: str, world: World) -> tuple[dict[str, Any], str]:
     """All the numbers, and what they are of. Ranks share the work."""
+    from minigpt_cli.commands.display import telling
     from minigpt_cli.core.checkpoint import load
     from minigpt_cli.core.evaluate import EVALUATED_AT_ONCE, baselines, evaluation_settings, text_size
     from minigpt_cli.core.runtime import choose_runtime
 
-    with world.together():
+    with telling(lambda: f"reading {ckpt}"), world.together():
         checkpoint = load(ckpt, weights_only=True)
         config, tokenizer = checkpoint.config, checkpoint.tokenizer
         wanted = evaluation_settings(device, checkpoint.header.progress.precision)
@@ -81,7 +82,8 @@ def _measure(ckpt: Path, data: Path | None, split: str, device: str, world: Worl
         "step": checkpoint.header.step, "precision": runtime.precision,
     }  # fmt: skip
     if train is not None:
-        result["baselines"] = baselines(train, tokens, tokenizer.vocab_size)
+        with telling(lambda: "counting the training text"):
+            result["baselines"] = baselines(train, tokens, tokenizer.vocab_size)
         if split == "val":
             other = _score(model, train[-len(tokens) :], runtime, "the end of the training split")
             result |= {"train_loss": other.loss, "gap": score.loss - other.loss}
@@ -133,13 +135,16 @@ def _encode(checkpoint: Checkpoint, path: Path) -> Tokens:
 
 
 def _score(model: GPT, tokens: Tokens, runtime: Runtime, what: str) -> Score:
+    from minigpt_cli.commands.display import telling
     from minigpt_cli.core.evaluate import evaluate
 
     with progress_bar(f"evaluating {what}", total=None) as bar:
         task = bar.task_ids[0]
-        score = evaluate(
-            model, tokens, runtime, progress=lambda done, total: bar.update(task, completed=done, total=total)
-        )
+        shown = bar.tasks[0]
+        with telling(lambda: f"evaluating {what}: {shown.percentage:.0f} %", but_on_a_terminal=True):
+            score = evaluate(
+                model, tokens, runtime, progress=lambda done, total: bar.update(task, completed=done, total=total)
+            )
     assert score is not None  # nothing asked it to stop
     return score
 

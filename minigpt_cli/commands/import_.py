@@ -37,6 +37,7 @@ def import_model(
     """  # fmt: skip
     check_new_file(out, force, path)
     from minigpt_cli.core import checkpoint
+    from minigpt_cli.core.model import empty_model
     from minigpt_cli.extras.huggingface.read import read
 
     found = read(path, block_size=block_size, note=note)
@@ -44,8 +45,8 @@ def import_model(
         raise UserError(f"{out} exists; --force replaces it")
     out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.save(out, found.tensors, found.header.model_dump(exclude={"versions", "checksums"}))
-    model = found.model("meta")
-    parameters, tokens = model.parameter_counts()["total"], found.tokenizer.vocab_size
+    tokens = found.tokenizer.vocab_size
+    parameters = empty_model(found.config.model, tokens).parameter_counts()["total"]
     context = found.config.model.block_size
     print(safe(f"Wrote {out}: {parameters:,} parameters, {tokens:,} tokens, a context of {context:,}"))
     print(safe(f"Next: minigpt sample --ckpt {shlex.quote(str(out))}"))

@@ -66,13 +66,10 @@ def _verify(known: Checkpoint) -> None:
 
 def _facts(known: Checkpoint) -> dict[str, Any]:
     """What the header tells, and what follows from it."""
-    import torch
-
-    from minigpt_cli.core.model import GPT
+    from minigpt_cli.core.model import empty_model
 
     header, tokenizer = known.header, known.tokenizer
-    with torch.device("meta"):
-        parameters = GPT(known.config.model, tokenizer.vocab_size).parameter_counts()
+    parameters = empty_model(known.config.model, tokenizer.vocab_size).parameter_counts()
     data = _data_of(known)
     loss = header.val_loss
     return {

@@ -34,15 +34,12 @@ class Asked:
 
 def plan(config: Config, asked: Asked) -> None:
     """Show it, as tables or as JSON. Allocates nothing, needs no GPU, writes nothing."""
-    import torch
-
-    from minigpt_cli.core.model import GPT
+    from minigpt_cli.core.model import empty_model
     from minigpt_cli.core.plan import Setting, plan_effort, plan_memory
 
     vocab_size, n_tokens = _corpus(config, asked)
     peak, precision = _peak(config, asked)
-    with torch.device("meta"):
-        model = GPT(config.model, vocab_size)
+    model = empty_model(config.model, vocab_size)
     counts = model.parameter_counts()
     config = _with_steps(config, n_tokens, counts["total"])
     ways = ("ddp", "fsdp") if asked.world_size > 1 else ("none",)
@@ -166,10 +163,9 @@ def _days(seconds: float) -> str:
 
 def show_one_step(job: Job, runtime: Runtime) -> None:
     """--dry-run alone: what the run will cost on this machine, by arithmetic and by a real step. Writes nothing."""
-    import torch
-
+    from minigpt_cli.commands.display import telling
     from minigpt_cli.core.measure import measure_training
-    from minigpt_cli.core.model import GPT
+    from minigpt_cli.core.model import empty_model
     from minigpt_cli.core.plan import plan_memory, setting_of
     from minigpt_cli.core.runtime import describe_device
 
@@ -177,12 +173,12 @@ def show_one_step(job: Job, runtime: Runtime) -> None:
         note(line)
     config, dataset, vocab_size = job.config, job.dataset, job.vocab_size
     train = config.train
-    with torch.device("meta"):
-        counts = GPT(config.model, vocab_size).parameter_counts()
+    counts = empty_model(config.model, vocab_size).parameter_counts()
     print_table("Parameters", [(name, f"{count:,}") for name, count in counts.items() if count])
     per_step = train.batch_size * config.model.block_size
     memory = plan_memory(config, vocab_size, setting_of(runtime), len(dataset.train))
-    speed = measure_training(config, dataset.train, vocab_size, runtime, steps=3, max_seconds=2)
+    with telling(lambda: "taking a few real steps, to time them"):
+        speed = measure_training(config, dataset.train, vocab_size, runtime, steps=3, max_seconds=2)
     evaluations = train.steps // train.eval_interval + 1
     seconds = speed.step_seconds * (train.steps + evaluations * len(dataset.val) / per_step / 3)  # forward: a third
     print_table(

@@ -78,6 +78,7 @@ def sample(
         raise UserError("--show-probs shows one sample: leave out --num-samples")
     if prompt_file is not None:
         prompt = read_prompt(prompt_file)
+    from minigpt_cli.commands.display import telling
     from minigpt_cli.core.checkpoint import load
     from minigpt_cli.core.config import RuntimeConfig, parse_section
     from minigpt_cli.core.runtime import require_runtime
@@ -90,14 +91,15 @@ def sample(
         precision = "fp32"  # whoever reads every number wants exact ones, and reads slowly
     asked = parse_section(RuntimeConfig, {"device": device, "precision": precision}, "sample")
     require_runtime(asked)  # a device that is not there is said before a large file is read
-    checkpoint = load(ckpt, weights_only=True)
+    with telling(lambda: f"reading {ckpt}"):
+        checkpoint = load(ckpt, weights_only=True)
+        writer = Writer(checkpoint, asked)
     tokenizer, window = checkpoint.tokenizer, checkpoint.config.model.block_size
     length = len(tokenizer.encode(prompt)) if prompt else 0
     if length > window:
         note(f"the prompt has {length:,} tokens and the context {window:,}: only its newest {window:,} count")
     if top_k is not None and top_k > tokenizer.vocab_size:
         note(f"--top-k {top_k} is more than the vocabulary: all {tokenizer.vocab_size} tokens are allowed")
-    writer = Writer(checkpoint, asked)
     for line in writer.runtime.notes:
         if line.startswith(("precision", "compile")):
             note(line)

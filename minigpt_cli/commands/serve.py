@@ -58,7 +58,7 @@ def serve(
 
     from minigpt_cli.core.checkpoint import load
     from minigpt_cli.core.config import RuntimeConfig, parse_section
-    from minigpt_cli.core.generate import for_decoding
+    from minigpt_cli.core.generate import cache_dtype, for_decoding
     from minigpt_cli.core.runtime import choose_decoding_runtime, describe_device, require_runtime
     from minigpt_cli.core.signals import StopSignals
     from minigpt_cli.extras.serve.api import Completions
@@ -73,7 +73,7 @@ def serve(
         parameters = model.parameter_counts()["total"]
         runtime = choose_decoding_runtime(asked, parameters)
         model = for_decoding(model.to(runtime.device), runtime)
-        each = _cache_bytes(checkpoint.config.model, model.token_embedding.weight.element_size())
+        each = _cache_bytes(checkpoint.config.model, cache_dtype(model, 1).itemsize)
         slots = slots or max(1, min(DEFAULT_SLOTS, CACHE_BYTES // max(1, each)))
         try:
             engine = Engine(
@@ -93,7 +93,7 @@ def serve(
         if not _only_here(address) and api_key is None:
             note(f"warning: {address} lets other machines in, and there is no --api-key: anybody may use this model")
         note(
-            f"{ckpt}: {parameters:,} parameters, {runtime.precision} on {describe_device(runtime.device)}; "
+            f"{ckpt}: {parameters:,} parameters, {runtime.decoding} on {describe_device(runtime.device)}; "
             f"{slots} texts at a time ({size(slots * each)} of keys and values)"
         )
         note(f"serving on http://{where}:{port} (the page; the API is at /v1). Ctrl-C stops.")

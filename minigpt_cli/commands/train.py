@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from minigpt_cli.core.world import World
 
 PLAN = "Plan before you pay: --dry-run --world-size N"
-SLOW_HOURS = 1.0  # from here on, say before starting how long it will take
 
 
 def train(
@@ -153,14 +152,20 @@ def _run(job: Job, loggers: list[str], *, resume: bool, overwrite: bool, allow_d
     from minigpt_cli.core.signals import StopSignals
     from minigpt_cli.core.verdict import verdict
 
+    device = "cpu"
+
+    def begin(runtime: Runtime) -> None:
+        nonlocal device
+        device = runtime.device.type
+
     def listen(folder: RunFolder, saved: Checkpoint | None) -> list[Listener]:
-        display = Display(job.config, start=saved.header.step if saved else 0)
+        display = Display(job.config, start=saved.header.step if saved else 0, device=device)
         return [display, *(_logger(name, folder, job, saved, display.note) for name in loggers)]
 
     with StopSignals() as stop:
         result = run_session(
             job, resume=resume, overwrite=overwrite, allow_data_change=allow_data_change,
-            stop=stop, note=note, begin=lambda runtime: _warn_if_slow(job, runtime), listen=listen,
+            stop=stop, note=note, begin=begin, listen=listen,
         )  # fmt: skip
     if result.reason == "stopped":
         stopped = f"stopped at step {result.progress.step:,}, all saved; go on with:\n  {_resume_command(job.world)}"
@@ -185,33 +190,6 @@ def _logger(name: str, folder: RunFolder, job: Job, saved: Checkpoint | None, no
         resume_at=header.step if header else None, evaluated=header is None or header.val_loss is not None,
         tokens_seen=header.tokens_seen if header else 0,
     )  # fmt: skip
-
-
-def _warn_if_slow(job: Job, runtime: Runtime) -> None:
-    """Before hours begin: measure two steps, say how long it will take, and name the config that takes minutes."""
-    from dataclasses import replace
-
-    import torch
-
-    from minigpt_cli.core.measure import measure_training
-    from minigpt_cli.core.model import GPT
-
-    config = job.config
-    tokens = config.train.batch_size * config.model.block_size * config.train.steps
-    with torch.device("meta"):
-        flops = GPT(config.model, job.vocab_size).flops_per_token() * tokens
-    if flops < 1e15:  # under an hour on anything
-        return
-    eager = replace(runtime, compile=False)
-    speed = measure_training(config, job.dataset.train, job.vocab_size, eager, steps=1, max_seconds=0)
-    hours = speed.step_seconds * config.train.steps / 3600
-    if config.train.max_minutes is not None:
-        hours = min(hours, config.train.max_minutes / 60)
-    if hours >= SLOW_HOURS:
-        note(
-            f"warning: this will take about {hours:.0f} hours on {runtime.device} ({speed.step_seconds:.1f} s a step); "
-            "--config cpu takes minutes"
-        )
 
 
 def _resume_command(world: World) -> str:

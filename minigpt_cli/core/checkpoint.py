@@ -25,7 +25,7 @@ from minigpt_cli.core import tokenizer as tokenizers
 from minigpt_cli.core.config import Config, parse_config
 from minigpt_cli.core.errors import CheckpointError, MinigptError, UserError
 from minigpt_cli.core.files import MAX_JSON_BYTES, atomic_write, bounded_json, too_much_json
-from minigpt_cli.core.model import GPT
+from minigpt_cli.core.model import GPT, empty_model
 
 FORMAT_VERSION = 1
 SHARDED = ".sharded"  # how the name of a folder ends that holds a checkpoint in parts (shards.py)
@@ -95,8 +95,7 @@ class Checkpoint:
 
     def model(self, device: torch.device | str = "cpu") -> GPT:
         """The model with its weights, on `device`. The file's shapes were compared with its config when it was read."""
-        with torch.device("meta"):
-            model = GPT(self.config.model, self.tokenizer.vocab_size)
+        model = empty_model(self.config.model, self.tokenizer.vocab_size)
         model.load_state_dict(self.part(MODEL), assign=True)
         if self.config.model.tie_weights:
             model.head.weight = model.token_embedding.weight
@@ -234,8 +233,7 @@ def _model_shapes(known: Checkpoint) -> dict[str, list[int]]:
     config, n_tensors = known.config.model, len(known.header.checksums)
     if config.n_layer > n_tensors:  # so that a lie about depth costs nothing
         raise ValueError(f"its config has {config.n_layer} layers, but there are {n_tensors} tensors")
-    with torch.device("meta"):
-        return {name: list(t.shape) for name, t in GPT(config, known.tokenizer.vocab_size).state_dict().items()}
+    return {name: list(t.shape) for name, t in empty_model(config, known.tokenizer.vocab_size).state_dict().items()}
 
 
 def _verified(known: Checkpoint) -> Iterator[tuple[str, Tensor]]:

@@ -7,7 +7,6 @@ import ctypes
 import functools
 import hashlib
 import os
-import platform
 import shlex
 import stat
 import subprocess
@@ -16,11 +15,12 @@ import tempfile
 import threading
 from pathlib import Path
 
+from minigpt_cli.core import processor
 from minigpt_cli.core.errors import MinigptError
 
 SOURCE = Path(__file__).with_name("decode.c")
 DEFINES = {"fp32": (), "bf16": ("-DBF16",)}  # by the precision of weights and cache
-FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
+FLAGS = ("-O3", "-shared", "-fPIC")
 THREADS = ("-fopenmp",)  # left out where the compiler has no OpenMP
 PATIENCE = 60  # seconds
 DIGEST = 32  # bytes at the end of a kept library, of all before: half a library does not fail to load, it crashes
@@ -38,8 +38,8 @@ def decode_library(precision: str) -> ctypes.CDLL:
     if sys.platform != "linux":
         raise MinigptError("decode.c has been tried on Linux only")
     try:
-        command = [*shlex.split(os.environ.get("CC") or "cc"), *FLAGS, *DEFINES[precision]]
-        key = repr((SOURCE.read_bytes(), command, _processor())).encode()
+        command = [*shlex.split(os.environ.get("CC") or "cc"), *FLAGS, *processor.compiler_flags(), *DEFINES[precision]]
+        key = repr((SOURCE.read_bytes(), command, processor.description())).encode()
         name, folder = f"decode-{hashlib.blake2b(key, digest_size=12).hexdigest()}.so", _cache_folder()
         with _one_at_a_time:
             if folder and _is_whole(folder / name):
@@ -111,11 +111,3 @@ def _cache_folder() -> Path | None:
         ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
         return folder if ours else None
     return None
-
-
-def _processor() -> str:
-    """What instructions there are: the same home may serve machines of several kinds."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.machine())
-    return platform.machine()

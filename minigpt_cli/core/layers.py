@@ -109,8 +109,11 @@ class Attention(nn.Module):
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
-            k, v = cache.append(start, k, v)
-            q = q.to(k.dtype)
+            kept = cache.append(start, k, v)
+            if start != 0:
+                k, v = kept
+            dtype = compute_dtype(self.qkv.weight)  # the cache's may be a smaller one
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         mask = None
         if isinstance(start, Place):
             mask = start.filled

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from minigpt_cli.core.config import ModelConfig
@@ -161,6 +162,26 @@ class GPT(nn.Module):
         matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         attention = 2 * self.config.n_layer * self.config.block_size * self.config.n_head * self.config.each_head
         return 3 * 2 * (matrices + attention)
+
+
+def empty_model(config: ModelConfig, vocab_size: int) -> GPT:
+    """The model without memory and without initial weights: for counting, or to be given weights.
+
+    It is on PyTorch's meta device, where drawing initial weights would import PyTorch's compiler (over a second).
+    """
+    with torch.device("meta"), _NoInitialisation():
+        return GPT(config, vocab_size)
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Inside the block the functions of `nn.init`, and what they call, return their tensor as it is."""
+
+    FILLS = (Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.FILLS or getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def lm_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

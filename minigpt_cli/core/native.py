@@ -18,6 +18,7 @@ from minigpt_cli.core.model import GPT, Block
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 MOST_STREAMS = {"fp32": 32, "bf16": 16}  # of more, PyTorch's matrix products make the better use
+MOST_STREAMS_OF_COPIES = 64  # where PyTorch's products are in float32, for want of instructions for bf16
 NORMS = ("none", "layernorm", "rmsnorm")  # in the order of the C file's enumerations
 MLPS = ("relu", "gelu", "gelu_tanh", "relu2", "swiglu")
 
@@ -42,26 +43,30 @@ class _Model(ctypes.Structure):
 class NativeStep:
     """A model's forward pass for one new token of each stream. Its weights must stay where they are.
 
-    Raises MinigptError where there is no such library (`decode_library`), TypeError for weights of other dtypes than
-    `PRECISIONS`, or of several, and for blocks that are not `Block`s.
+    It reads the model's own weights or, where these are not of `dtype`, copies of them. Keys and values in the cache
+    are of `dtype` too. Raises MinigptError where there is no such library (`decode_library`), TypeError for weights of
+    other dtypes than `PRECISIONS`, or of several, and for blocks that are not `Block`s.
     """
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: GPT, dtype: torch.dtype | None = None) -> None:
         config, weights = model.config, {p.dtype for p in model.parameters()}
         if len(weights) != 1 or not weights <= PRECISIONS.keys():
             raise TypeError(f"weights of {weights}")
-        self.dtype = weights.pop()
+        own = weights.pop()
+        self.dtype = dtype or own
         self.vocab_size = model.vocab_size
         self.precision = PRECISIONS[self.dtype]
+        self.most_streams = MOST_STREAMS[self.precision] if self.dtype == own else MOST_STREAMS_OF_COPIES
         self._library = decode_library(self.precision)
         self._library.scratch.restype = c_int64
-        self._kept = [p.detach() for p in model.parameters()]  # what the pointers point to
+        # What the pointers point to.
+        self._kept: dict[Tensor, Tensor] = {p: p.detach().to(self.dtype) for p in model.parameters()}
         blocks = [block for block in model.blocks if isinstance(block, Block)]
         if len(blocks) != len(model.blocks):
             raise TypeError("blocks of a kind of their own")
         heads = (config.n_head, config.n_kv_head or config.n_head, config.each_head) if blocks else (0, 0, 0)
         self._blocks = (_Block * len(blocks))(*(
-            _Block(*map(_affine, (
+            _Block(*map(self._affine, (
                 block.norm_attn, block.attn.qkv, block.attn.norm_q, block.attn.norm_k, block.attn.proj,
                 block.norm_mlp, block.mlp.up, block.mlp.down,
             )))
@@ -74,13 +79,13 @@ class NativeStep:
             blocks[0].mlp.down.in_features if blocks else 0, model.vocab_size,
             NORMS.index(config.norm), MLPS.index(config.mlp), config.position == "rope",
             config.rope_base, norm_eps(config), config.logit_softcap or 0.0,
-            _pointer(model.token_embedding.weight), _pointer(position.weight if position else None),
-            _affine(model.norm), _affine(model.head), ctypes.cast(self._blocks, c_void_p),
+            self._pointer(model.token_embedding.weight), self._pointer(position.weight if position else None),
+            self._affine(model.norm), self._affine(model.head), ctypes.cast(self._blocks, c_void_p),
         )  # fmt: skip
 
     def takes(self, streams: int) -> bool:
         """Whether it computes so many at once. Then the result does not depend on the number of threads."""
-        return streams <= MOST_STREAMS[self.precision]
+        return streams <= self.most_streams
 
     def __call__(self, ids_B1: Tensor, cache: KVCache, start: int | Place) -> Tensor | None:
         """Logits (B, 1, V) in float32; keys and values go into the cache, behind `start` others. None, and nothing
@@ -124,18 +129,17 @@ class NativeStep:
             raise ValueError(f"the cache is not {self._model.n_layer} layers of {shape} in {self.dtype}")
         return (c_void_p * len(parts))(*(part.data_ptr() for part in parts)), _floats(0)
 
+    def _affine(self, module: nn.Module | None) -> _Affine:
+        """A linear's or a norm's weight and bias; nothing, of a norm that is left out."""
+        return _Affine(self._pointer(getattr(module, "weight", None)), self._pointer(getattr(module, "bias", None)))
 
-def _affine(module: nn.Module | None) -> _Affine:
-    """A linear's or a norm's weight and bias; nothing, of a norm that is left out."""
-    return _Affine(_pointer(getattr(module, "weight", None)), _pointer(getattr(module, "bias", None)))
-
-
-def _pointer(weight: Tensor | None) -> int | None:
-    if weight is None:
-        return None
-    assert weight.is_contiguous()
-    assert weight.is_cpu
-    return weight.data_ptr()
+    def _pointer(self, weight: Tensor | None) -> int | None:
+        if weight is None:
+            return None
+        kept = self._kept[weight]
+        assert kept.is_contiguous()
+        assert kept.is_cpu
+        return kept.data_ptr()
 
 
 def _floats(*shape: int) -> Tensor:

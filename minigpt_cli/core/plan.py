@@ -19,7 +19,7 @@ from minigpt_cli.core.config import Config, ModelConfig
 from minigpt_cli.core.dataset import RESIDENT_BYTES
 from minigpt_cli.core.kernels import attention_blocks
 from minigpt_cli.core.layers import default_mlp_width
-from minigpt_cli.core.model import GPT, WHOLE_LOGITS
+from minigpt_cli.core.model import GPT, WHOLE_LOGITS, empty_model
 from minigpt_cli.core.optim import in_batches
 from minigpt_cli.core.runtime import Runtime
 
@@ -74,8 +74,7 @@ def plan_memory(config: Config, vocab_size: int, setting: Setting, n_tokens: int
     `n_tokens` of training text lie on a GPU, too, while they are not too many. Raises UserError where the ranks cannot
     share the batch.
     """
-    with torch.device("meta"):
-        model = GPT(config.model, vocab_size)
+    model = empty_model(config.model, vocab_size)
     accumulates = config.train.pieces(setting.ranks) > 1
     R = config.train.batch_size // (setting.ranks * config.train.pieces(setting.ranks)) * config.model.block_size
     s, shares = setting.s, setting.shares
@@ -223,8 +222,7 @@ class Effort:
 
 def plan_effort(config: Config, vocab_size: int, setting: Setting, flops_per_second: float) -> Effort:
     """How long it takes where each device does `flops_per_second` (a share of its peak) of useful work."""
-    with torch.device("meta"):
-        model = GPT(config.model, vocab_size)
+    model = empty_model(config.model, vocab_size)
     flops = model.flops_per_token()
     blocks = flops - 3 * 2 * model.head.weight.numel()
     recomputed = blocks // 3 if setting.recompute else 0  # the forward pass is a third

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from minigpt_cli.core import processor
 from minigpt_cli.core.compiler import decode_library
 from minigpt_cli.core.config import RuntimeConfig, TrainConfig
 from minigpt_cli.core.errors import MinigptError, UserError
@@ -25,7 +26,9 @@ from minigpt_cli.core.world import ALONE, World
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 COMPILE_PAYS_FROM = 120.0  # seconds of training without it
+EMULATED = "precision: bf16 is emulated on this CPU, and many times slower than fp32"
 TRAINING_BYTES = 16  # per parameter: the weight, its gradient, and AdamW's two moments, in float32
+BF16_FROM_ROWS = 256  # of a product: below, calling it is most of the work
 HALF_FROM_PARAMETERS = 1_000_000  # from here on reading weights, not calling operators, is what decoding waits for
 
 # Dense bf16 (fp16 where there is none) tensor-core TFLOP/s by the vendors' data sheets, for model FLOPs utilisation.
@@ -46,12 +49,18 @@ class Runtime:
     world: World = ALONE
     parallel: str = "none"  # none | ddp | fsdp
     checkpoint_activations: bool = False
+    decode_precision: str | None = None  # of what `decode.c` reads for single tokens, if not `precision`
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Matrix products in the chosen precision; weights, norms and the loss stay in float32."""
         if self.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=DTYPES[self.precision])
+
+    @property
+    def decoding(self) -> str:
+        """The precision of weights and cache where single tokens are computed."""
+        return self.decode_precision or self.precision
 
     @property
     def update_dtype(self) -> torch.dtype:
@@ -129,18 +138,21 @@ class Workload:
 
 
 def choose_runtime(
-    config: RuntimeConfig, *, width: int, rows: int, workload: Workload | None = None, world: World = ALONE
-) -> Runtime:
+    config: RuntimeConfig, *, width: int, rows: int, workload: Workload | None = None, world: World = ALONE,
+    before: str | None = None,
+) -> Runtime:  # fmt: skip
     """Turn `auto` into decisions for this machine; `width` and `rows` are the sizes of the model's matrix products.
 
-    `workload` tells whether compiling pays; without one it does not. All ranks of `world` decide alike. Raises
-    UserError when the config asks for what the machine has not.
+    `workload` tells whether compiling pays; without one it does not. A run that is resumed keeps the precision that it
+    had `before`, unless this machine cannot compute in it, or only by emulation. All ranks of `world` decide alike.
+    Raises UserError when the config asks for what the machine has not.
     """
     with world.together():
         device, notes = _choose_device(config.device, world)
-    precision, note = _choose_precision(config.precision, device, width, rows)
+    asked = before if config.precision == "auto" and before and _computes_in(before, device) else config.precision
+    precision, note = _choose_precision(asked, device, width, rows)
     notes += [note] if note else []
-    precision = world.texts(precision)[0]  # a measured choice could fall otherwise on another rank
+    precision = world.texts(precision)[0]  # another rank's machine could choose otherwise
     parallel, note = _choose_parallel(config.parallel, device, workload, world)
     notes += [note] if note else []
     if parallel == "fsdp" and precision == "fp16":
@@ -188,23 +200,30 @@ def choose_decoding_runtime(config: RuntimeConfig, n_parameters: int) -> Runtime
     """As `choose_runtime`, for sampling: one row at a time, where reading the weights is the work.
 
     `auto` depends on the machine and the model only, never on a measurement: the same seed must give the same text.
-    Raises UserError when the config asks for what the machine has not.
+    `decode.c` reads bf16 without any instruction for it, and faster than float32; prompts, which PyTorch multiplies,
+    stay in float32 where there is no such instruction. Raises UserError when the config asks for what the machine has
+    not.
     """
     device, notes = _choose_device(config.device, ALONE)
-    half = n_parameters >= HALF_FROM_PARAMETERS
     if config.precision != "auto":
         precision, _ = _choose_precision(config.precision, device, 1, 1)
     elif device.type == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     else:
-        precision = "bf16" if half and _cpu_has_bf16(device) else "fp32"
+        half = device.type == "cpu" and processor.X86 and n_parameters >= HALF_FROM_PARAMETERS
+        precision = "bf16" if half else "fp32"
     native, why = _choose_native(config.compile, device, precision)
     notes += [why] if why else []
-    if config.precision == "auto" and precision == "bf16" and device.type == "cpu" and not native:
-        precision = "fp32"  # PyTorch's own products of one row are slower in bf16
-    if config.precision == "auto" and precision == "bf16":
-        notes.append("precision: bf16, weights of half the size are read in half the time")
-    return Runtime(device, precision, native, tuple(notes))
+    single = precision
+    if device.type == "cpu" and precision == "bf16":
+        if native and _is_emulated(device):
+            precision = "fp32"
+        elif config.precision == "auto" and not native:
+            precision = single = "fp32"  # PyTorch's own products of one row are slower in bf16
+    if config.precision == "auto" and single == "bf16":
+        kept = "; prompts stay in fp32, this CPU has no instructions for bf16" if precision == "fp32" else ""
+        notes.append(f"precision: bf16, weights of half the size are read in half the time{kept}")
+    return Runtime(device, precision, native, tuple(notes), decode_precision=single)
 
 
 def _choose_native(asked: bool | str, device: torch.device, precision: str) -> tuple[bool, str | None]:
@@ -353,33 +372,33 @@ def _choose_precision(asked: str, device: torch.device, width: int, rows: int) -
             raise UserError("precision fp16 needs a GPU; on a CPU use bf16 or fp32")
         if asked == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise UserError("precision bf16 is not supported by this GPU; use fp16 or fp32")
-        return asked, None
+        return asked, EMULATED if asked == "bf16" and _is_emulated(device) else None
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16", "precision: bf16, which this GPU supports"
         return "fp16", "precision: fp16, this GPU has no bf16"
     if device.type == "mps":
         return "fp32", "precision: fp32, the safe choice on mps"
-    ratio = _bf16_speedup(width, min(rows, 4096))
-    if ratio >= 1.5:  # the casts around each product eat a small gain
-        return "bf16", f"precision: bf16, this CPU multiplies matrices {ratio:.1f}x as fast in it (measured just now)"
-    return "fp32", f"precision: fp32, bf16 would run at {ratio:.1f}x on this CPU (measured just now)"
+    return _choose_cpu_precision(width, rows)
 
 
-def _cpu_has_bf16(device: torch.device) -> bool:
-    """Whether this is a CPU with instructions for bf16, which prompts need: without them it is far slower."""
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()  # in every torch since 2.9, unlike others
+def _computes_in(precision: str, device: torch.device) -> bool:
+    try:
+        return _choose_precision(precision, device, 1, 1)[1] != EMULATED
+    except UserError:
+        return False
 
 
-def _bf16_speedup(width: int, rows: int) -> float:
-    """Time of a float32 feed-forward product over that of a bf16 one, measured: instruction sets differ too much."""
-    seconds = []
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.ones(rows, width, dtype=dtype), torch.ones(width, 4 * width, dtype=dtype)
-        best = float("inf")
-        for _ in range(4):  # the first warms up
-            start = time.perf_counter()
-            a @ b
-            best = min(best, time.perf_counter() - start)
-        seconds.append(best)
-    return seconds[0] / seconds[1]
+def _is_emulated(device: torch.device) -> bool:
+    """Whether products in bf16 are far slower here than in float32."""
+    return device.type == "cpu" and processor.bf16_instructions() is None
+
+
+def _choose_cpu_precision(width: int, rows: int) -> tuple[str, str]:
+    """By the CPU's instructions and the size of the products, never by a measurement: a run must not depend on one."""
+    instructions = processor.bf16_instructions()
+    if instructions is None:
+        return "fp32", "precision: fp32, this CPU has no instructions for bf16"
+    if width < processor.BF16_PAYS_FROM[instructions] or rows < BF16_FROM_ROWS:
+        return "fp32", f"precision: fp32, products this small are no faster in bf16 ({instructions})"
+    return "bf16", f"precision: bf16, which this CPU multiplies with {instructions}"

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from minigpt_cli.core import checkpoint
 from minigpt_cli.core.checkpoint import Checkpoint
 from minigpt_cli.core.config import Config, load_config
@@ -20,7 +18,7 @@ from minigpt_cli.core.dataset import Dataset, require_known_tokens, require_wind
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.files import atomic_write
 from minigpt_cli.core.metrics import JsonLines, Listener, plot_losses
-from minigpt_cli.core.model import GPT
+from minigpt_cli.core.model import empty_model
 from minigpt_cli.core.optim import resolved
 from minigpt_cli.core.run import RunFolder, check_resumable, open_run
 from minigpt_cli.core.runtime import Runtime, Workload, choose_runtime
@@ -49,17 +47,13 @@ class Job:
         config, model, train, world = self.config.runtime, self.config.model, self.config.train, self.world
         with world.together():
             pieces = train.pieces(world.size)
-        with torch.device("meta"):
-            gpt = GPT(model, self.vocab_size)
+        gpt = empty_model(model, self.vocab_size)
         flops = gpt.flops_per_token() * train.batch_size * model.block_size // world.size
         steps = train.steps - (saved.header.step if saved else 0)
         workload = Workload(steps, model.n_layer, flops, gpt.parameter_counts()["total"])
         width, rows = model.n_embd, train.batch_size // (world.size * pieces) * model.block_size
-        if saved is not None and config.precision == "auto":  # a measured choice could fall otherwise this time
-            as_before = config.model_copy(update={"precision": saved.header.progress.precision})
-            with contextlib.suppress(UserError):  # another machine, which cannot do what that one did
-                return choose_runtime(as_before, width=width, rows=rows, workload=workload, world=world)
-        return choose_runtime(config, width=width, rows=rows, workload=workload, world=world)
+        before = saved.header.progress.precision if saved is not None else None
+        return choose_runtime(config, width=width, rows=rows, workload=workload, world=world, before=before)
 
     def advice(self) -> str | None:
         """What does not suit the text, in a sentence. The rules are for weights drawn anew: to others, nothing."""
@@ -233,5 +227,4 @@ def _resolved(config: Config, dataset: Dataset, vocab_size: int, note: Note) -> 
 
 
 def _n_parameters(config: Config, vocab_size: int) -> int:
-    with torch.device("meta"):
-        return GPT(config.model, vocab_size).parameter_counts()["total"]
+    return empty_model(config.model, vocab_size).parameter_counts()["total"]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 
 from minigpt_cli.core.checkpoint import MODEL, Checkpoint, Origin, Progress
 from minigpt_cli.core.config import Config, ModelConfig, parse_section
 from minigpt_cli.core.dataset import Dataset
 from minigpt_cli.core.errors import UserError
-from minigpt_cli.core.model import GPT
+from minigpt_cli.core.model import empty_model
 from minigpt_cli.core.tokenizer import same_ids
 
 DROPOUTS = ("dropout", "dropout_attn", "dropout_proj", "dropout_mlp")
@@ -55,8 +54,7 @@ def starting_point(source: Checkpoint, config: Config) -> Checkpoint:
 
     Of learned positions only those of the new context stay; rows that pad the vocabulary come and go.
     """
-    with torch.device("meta"):
-        shapes = GPT(config.model, source.tokenizer.vocab_size).state_dict()
+    shapes = empty_model(config.model, source.tokenizer.vocab_size).state_dict()
     tensors = {}
     for name, target in shapes.items():
         weight = source.tensors[MODEL + name].float()

@@ -26,7 +26,7 @@ from minigpt_cli.core.errors import MinigptError
 from minigpt_cli.core.evaluate import evaluate
 from minigpt_cli.core.generate import Sampling, generate
 from minigpt_cli.core.metrics import Listener, Record, read_metrics
-from minigpt_cli.core.model import GPT, initial_weights, lm_loss
+from minigpt_cli.core.model import GPT, empty_model, initial_weights, lm_loss
 from minigpt_cli.core.optim import WeightAverage, learning_rate_at, make_optimizer, set_learning_rate
 from minigpt_cli.core.run import BackgroundSaver, RunFolder
 from minigpt_cli.core.runtime import DTYPES, Runtime, memory_advice, seed_everything, system_figures
@@ -401,8 +401,7 @@ def make_model(config: Config, vocab_size: int, runtime: Runtime, weights: Mappi
     if weights is None and runtime.parallel != "fsdp":
         model = GPT(config.model, vocab_size).to(runtime.device)
     else:
-        with torch.device("meta"):
-            model = GPT(config.model, vocab_size)
+        model = empty_model(config.model, vocab_size)
         if runtime.parallel == "fsdp":
             shard(model, model.blocks, runtime.device, DTYPES[runtime.precision])
         model.to_empty(device=runtime.device)

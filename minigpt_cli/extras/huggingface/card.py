@@ -6,14 +6,12 @@ import math
 import re
 from pathlib import Path
 
-import torch
-
 from minigpt_cli.core.checkpoint import Checkpoint
 from minigpt_cli.core.config import ModelConfig
 from minigpt_cli.core.dataset import Dataset, require_known_tokens
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.evaluate import text_size
-from minigpt_cli.core.model import GPT
+from minigpt_cli.core.model import empty_model
 from minigpt_cli.core.plain_yaml import dump_yaml
 from minigpt_cli.core.tokenizer import BpeTokenizer
 
@@ -26,8 +24,7 @@ def model_card(checkpoint: Checkpoint, name: str, architecture: str) -> str:
     """Markdown. Numbers that are not known are left out, and the licence is the user's to choose."""
     header, config, tokenizer = checkpoint.header, checkpoint.config.model, checkpoint.tokenizer
     data = _dataset(checkpoint)
-    with torch.device("meta"):
-        parameters = GPT(config, tokenizer.vocab_size).parameter_counts()["total"]
+    parameters = empty_model(config, tokenizer.vocab_size).parameter_counts()["total"]
     rows = [
         ("parameters", f"{parameters:,}"),
         ("context", f"{config.block_size:,} tokens"),

@@ -17,7 +17,7 @@ from minigpt_cli.core import checkpoint as checkpoints
 from minigpt_cli.core.config import Config, ModelConfig, parse_section
 from minigpt_cli.core.errors import CheckpointError, UserError
 from minigpt_cli.core.files import MAX_JSON_BYTES, bounded_json
-from minigpt_cli.core.model import GPT
+from minigpt_cli.core.model import empty_model
 from minigpt_cli.core.tokenizer import Tokenizer, read_tokenizer_document
 from minigpt_cli.extras.huggingface import vocabulary, weights
 from minigpt_cli.extras.huggingface.architectures import ARCHITECTURES
@@ -154,8 +154,8 @@ def _weights(kind: str, config: ModelConfig, rows: int, files: list[Path], folde
     found = {name: (file, *entry) for file, header in headers.items() for name, entry in header.items()}
     if config.n_layer > len(found):  # so that a lie about depth costs nothing
         raise UserError(f"{folder}: its config.json has {config.n_layer} layers, and there are {len(found)} tensors")
+    ours = dict(empty_model(config, rows).state_dict())
     with torch.device("meta"):
-        ours = dict(GPT(config, rows).state_dict())
         expected = weights.pack(kind, config, ours, rows)
     base = next(iter(ARCHITECTURES[kind].modules)).partition(".")[0] + "."
     names = {name: name if name in found else name.removeprefix(base) for name in expected}  # some were saved without

@@ -16,8 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt_cli.core.errors import MinigptError
-from minigpt_cli.core.generate import WARM_UP, Record, RecordedStep, Sampling, choose, step_at, thread_numbers
-from minigpt_cli.core.layers import KVCache, compute_dtype
+from minigpt_cli.core.generate import (
+    WARM_UP,
+    Record,
+    RecordedStep,
+    Sampling,
+    cache_dtype,
+    choose,
+    step_at,
+    thread_numbers,
+)
+from minigpt_cli.core.layers import KVCache
 from minigpt_cli.core.model import GPT
 from minigpt_cli.core.runtime import ThreadChoice, first_line
 from minigpt_cli.extras.serve.stream import Order, Stream, Wake
@@ -41,7 +50,7 @@ class Engine:
         weight = model.token_embedding.weight
         self.model, self.slots, self.queue = model.eval(), slots, queue
         self._pieces, self._record, self._note = pieces, record, note
-        self._device, self._dtype = weight.device, compute_dtype(weight)
+        self._device, self._dtype = weight.device, cache_dtype(model, 1)
         self._cache = KVCache(slots, model.config, self._device, self._dtype)
         self._rows = [self._cache.streams(i, 1) for i in range(slots)]
         self._first = [self._cache.streams(0, n) for n in range(1, slots + 1)]
