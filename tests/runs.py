@@ -145,6 +145,8 @@ def run_in(
     """A run as the command makes one: of several ranks, the first holds the folder and writes the metrics."""
     with open_run(path) if runtime.world.leads else nullcontext(RunFolder(path)) as folder:
         saved = folder.newest()[0] if resume else None
+        if saved is None and runtime.world.leads:
+            folder.set_aside()
         evaluated = saved is not None and saved.header.val_loss is not None
         listeners: list[Any] = [recorder]
         if runtime.world.leads:
