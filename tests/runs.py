@@ -12,7 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
+from minigpt_cli.core import checkpoint, shards
+from minigpt_cli.core.checkpoint import SHARDED, Header
 from minigpt_cli.core.config import Config, ModelConfig, parse_config
 from minigpt_cli.core.dataset import Dataset
 from minigpt_cli.core.metrics import JsonLines, Listener
@@ -95,6 +99,17 @@ SMALL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def saved(folder: RunFolder, kind: str = "last") -> tuple[Header, dict[str, Tensor]]:
+    """Header and tensors of the folder's `last` or `best`, in either form, as they are stored. Everything verifies."""
+    path = folder.newest_of(kind)
+    assert path is not None, f"{folder.path}: no {kind}"
+    if path.suffix != SHARDED:
+        return checkpoint.load(path).header, load_file(path)
+    tensors = {name: torch.empty(shape) for name, shape in shards.shapes(path).items()}
+    shards.load(path, tensors)
+    return shards.open_sharded(path).header, tensors
+
+
 def small_config(**changes: Any) -> Config:
     """`small_config(dropout=0.0, max_iters=8)`: a config of seconds; each change finds its own section."""
     document = {section: dict(values) for section, values in SMALL.items()} | {"data": {}, "runtime": {}}
@@ -144,14 +159,16 @@ def run_in(
 ) -> tuple[RunFolder, Recorder, Result]:
     """A run as the command makes one: of several ranks, the first holds the folder and writes the metrics."""
     with open_run(path) if runtime.world.leads else nullcontext(RunFolder(path)) as folder:
-        saved = folder.newest()[0] if resume else None
-        evaluated = saved is not None and saved.header.val_loss is not None
+        start = folder.newest()[0] if resume else None
+        if start is None and runtime.world.leads:
+            folder.set_aside()
+        evaluated = start is not None and start.header.val_loss is not None
         listeners: list[Any] = [recorder]
         if runtime.world.leads:
-            at = saved.header.step if saved else None
+            at = start.header.step if start else None
             listeners.append(JsonLines(folder.metrics, resume_at=at, evaluated=evaluated))
         try:
-            result = train(config, dataset, folder, runtime, listeners, resume=saved, stop=recorder.stop)
+            result = train(config, dataset, folder, runtime, listeners, resume=start, stop=recorder.stop)
         finally:
             for metrics in listeners[1:]:
                 metrics.close()

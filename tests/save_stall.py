@@ -39,7 +39,7 @@ def main() -> None:
         print(f"{trainer.model.parameter_counts()['total']:,} parameters, {plain:.2f} s a step")
         for _ in range(3):
             start = time.perf_counter()
-            trainer._save(last=True, best=False)
+            trainer._save(last=True)
             stall, beside = time.perf_counter() - start, []
             while trainer.saver._pending:
                 beside.append(step())

@@ -22,7 +22,7 @@ FLOORS = [
     {"native"},
     {"checkpoint", "evaluate", "generate", "optim", "step"},
     {"shards"},
-    {"run", "start", "writer"},
+    {"run", "start", "state", "writer"},
     {"train"},
     {"measure", "plan", "verdict"},
     {"session"},

@@ -75,7 +75,7 @@ def _facts(known: Checkpoint) -> dict[str, Any]:
     return {
         "file": str(known.path), "bytes": known.path.stat().st_size, "tensors": len(header.checksums),
         "step": header.step, "max_iters": known.config.train.max_iters, "tokens_seen": header.tokens_seen,
-        "epochs": header.tokens_seen / data.train.tokens if data is not None else None,
+        "epochs": (header.tokens_seen - header.progress.data_tokens) / data.train.tokens if data is not None else None,
         "seconds": header.progress.seconds, "val_loss": loss,
         "perplexity": math.exp(loss) if loss is not None and loss < 700 else None,
         "bits_per_byte": _bits_per_byte(known, data), "weights": header.weights,

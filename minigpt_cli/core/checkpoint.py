@@ -32,6 +32,7 @@ SHARDED = ".sharded"  # how the name of a folder ends that holds a checkpoint in
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 MODEL, OPTIMIZER = "model.", "optimizer."  # prefixes of tensor names
+EMBEDDING, HEAD = MODEL + "token_embedding.weight", MODEL + "head.weight"  # one matrix with `tie_weights`
 
 
 class Progress(BaseModel):
@@ -52,6 +53,18 @@ class Progress(BaseModel):
     logged_at: Count = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     scaler: dict[str, int | float] = {}  # the state of fp16's loss scaling
+    data_step: Count = 0  # the step at which a resumed run changed to the data that it has now
+    data_tokens: Count = 0  # `tokens_seen` at that step
+
+    def on_other_data(self) -> Progress:
+        """The same run on other data from here: losses on the old data say nothing about it."""
+        fresh = {key: Progress.model_fields[key].default for key in
+                 ("best_loss", "best_step", "patience_loss", "worse", "val_loss", "evaluated_at")}  # fmt: skip
+        return self.model_copy(update={**fresh, "data_step": self.step, "data_tokens": self.tokens_seen})
+
+    def sequences(self, block_size: int) -> int:
+        """How many windows of the present data were seen."""
+        return (self.tokens_seen - self.data_tokens) // block_size
 
 
 class Origin(BaseModel):
@@ -110,6 +123,17 @@ def library_versions() -> dict[str, str]:
     return {"minigpt": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
+def stored_once(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a file holds of `tensors`: where the `config` of its header ties a matrix, that once, as the embedding."""
+    tied = config.get("model", {}).get("tie_weights", False)
+    return {name: tensor for name, tensor in tensors.items() if not (tied and name == HEAD)}
+
+
+def with_tied_head(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """What was loaded, with a tied head under its own name too: it shares the embedding's memory."""
+    return tensors | {HEAD: tensors[EMBEDDING]} if config.model.tie_weights else tensors
+
+
 def require_storable(tokenizer: dict[str, Any]) -> None:
     """Raises UserError if a tokenizer is too large for a header: better before the first step than after it."""
     document = json.dumps(json.dumps(tokenizer, ensure_ascii=False), ensure_ascii=False).encode()
@@ -123,6 +147,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -
     `header` holds the fields of `Header` but `checksums` and `versions`, which are made here. Until the rename, the
     file that was at `path` stays as it was; on any failure the temporary is removed and the error raised.
     """
+    tensors = stored_once(tensors, header["config"])
     arrays = {name: _raw_bytes(tensor) for name, tensor in tensors.items()}
     checksums = {name: hashlib.sha256(array).hexdigest() for name, array in arrays.items()}
     document = Header(**header, versions=library_versions(), checksums=checksums).model_dump_json()
@@ -151,8 +176,13 @@ def load(path: str | Path, *, weights_only: bool = False) -> Checkpoint:
     such file, CheckpointError if it is damaged, not ours or made by a newer minigpt. No code from the file can run.
     """
     known, prefix = peek(path), MODEL if weights_only else ""
-    tensors = {name: tensor.clone() for name, tensor in _verified(known) if name.startswith(prefix)}
-    return replace(known, tensors=tensors)  # clones, out of the map: the file may be replaced
+    tied = known.config.model.tie_weights
+    tensors = {
+        name: tensor.clone()  # out of the map: the file may be replaced
+        for name, tensor in _verified(known)
+        if name.startswith(prefix) and not (tied and name == HEAD)
+    }
+    return replace(known, tensors=with_tied_head(tensors, known.config))
 
 
 def peek(path: str | Path) -> Checkpoint:
@@ -242,8 +272,13 @@ def _verified(known: Checkpoint) -> Iterator[tuple[str, Tensor]]:
         header, shapes = known.header, _model_shapes(known)
         with safe_open(known.path, framework="pt") as file:  # checks that the offsets agree with the file's size
             names = set(file.keys())
-            weights = {MODEL + name for name in shapes}
-            if names != set(header.checksums) or {n for n in names if n.startswith(MODEL)} != weights:
+            weights, found = {MODEL + name for name in shapes}, {n for n in names if n.startswith(MODEL)}
+            if known.config.model.tie_weights and HEAD in found:  # files of older versions hold a tied matrix twice
+                if header.checksums.get(HEAD) != header.checksums.get(EMBEDDING):
+                    raise ValueError("its config ties head and embedding, but they differ")
+            elif known.config.model.tie_weights:
+                weights.discard(HEAD)
+            if names != set(header.checksums) or found != weights:
                 raise ValueError("its tensors are not the ones that its header and its config name")
             for name in sorted(names):
                 _require_fit(name, file.get_slice(name), shapes)

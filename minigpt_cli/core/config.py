@@ -105,6 +105,7 @@ class TrainConfig(Section):
     log_interval: Count = 10
     eval_interval: Count = 500
     checkpoint_interval: Count = 500
+    checkpoint_minutes: Annotated[float, Field(gt=0)] | None = 10.0  # save after so many minutes too; null: never
     sample_interval: Count | None = None
     keep: Annotated[int, Field(ge=0)] = 0  # numbered snapshots to keep beside `last` and `best`
 

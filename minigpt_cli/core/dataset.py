@@ -218,17 +218,22 @@ def require_ids(ids: Array, vocab_size: int) -> None:
         raise MinigptError(f"token {largest} in a vocabulary of {vocab_size}: the dataset is damaged; prepare it again")
 
 
-def window_offsets(n_tokens: int, block_size: int, *, seed: int, step: int, batch_size: int, sampling: str) -> Array:
+def window_offsets(
+    n_tokens: int, block_size: int, *, seed: int, step: int, batch_size: int, sampling: str, shift: int = 0
+) -> Array:
     """Where each sequence of a step begins: (batch_size,) int64, each in [0, n_tokens - block_size).
 
     `random` draws windows independently, as the seed script does. `epoch` visits every window of a grid once an epoch,
     in a new order and with the grid shifted by a new offset each time. Pure in (seed, step).
+
+    `shift`: how many more windows than step * batch_size were seen before this step, in a run whose batch size or data
+    changed. It moves the place in the epoch; `random` has none.
     """
     if sampling == "random":
         generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, step]))
         return generator.integers(0, n_tokens - block_size, size=batch_size)
     n_windows = windows_per_epoch(n_tokens, block_size)
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)
+    positions = np.arange(step * batch_size, (step + 1) * batch_size) + shift
     offsets = np.empty(batch_size, np.int64)
     for epoch in np.unique(positions // n_windows):
         here = positions // n_windows == epoch
@@ -255,19 +260,20 @@ class Batches:
 
     The whole split moves to the device when it fits `resident_bytes`, so that only offsets are copied each step.
     Otherwise windows are read from the memory map; of a split of `ahead_bytes` or more, which may not be in memory, a
-    second thread reads those of the next step meanwhile. `rows` are those of each batch that this rank trains on.
+    second thread reads those of the next step meanwhile. `rows` are those of each batch that this rank trains on;
+    `shift` is that of `window_offsets`.
     MinigptError for an id that `vocab_size` has not.
     """
 
     def __init__(
         self, tokens: Tokens, block_size: int, batch_size: int, *,
         seed: int, sampling: str, device: torch.device, rows: slice = slice(None), vocab_size: int = 1 << 32,
-        resident_bytes: int = RESIDENT_BYTES, ahead_bytes: int = 1 << 28,
+        shift: int = 0, resident_bytes: int = RESIDENT_BYTES, ahead_bytes: int = 1 << 28,
     ) -> None:  # fmt: skip
         require_window(tokens, block_size)
         self.n_tokens, self.block_size, self.batch_size = len(tokens), block_size, batch_size
         self.seed, self.sampling, self.device, self.rows = seed, sampling, device, rows
-        self.vocab_size = vocab_size
+        self.vocab_size, self.shift = vocab_size, shift
         self._tokens = tokens if isinstance(tokens, TokenFiles) else TokenFiles([tokens])
         self._resident: Tensor | None = None
         self._ahead: _Ahead | None = None
@@ -305,6 +311,7 @@ class Batches:
             step=step,
             batch_size=self.batch_size,
             sampling=self.sampling,
+            shift=self.shift,
         )[rows]
 
     def _read(self, step: int, rows: slice) -> Tensor:

@@ -145,6 +145,8 @@ class GPT(nn.Module):
         }  # fmt: skip
         counts = dict.fromkeys([*parts, "padding", "total"], 0)
         for name, p in self.named_parameters():
+            if name == "head.weight" and self.config.tie_weights:  # a copy on the meta device has it twice
+                continue
             part = next(part for part, mark in parts.items() if mark in name)
             rows = len(p) - self.vocab_size if part in ("token embedding", "head") else 0
             unused = rows * p.shape[1:].numel()

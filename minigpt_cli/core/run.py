@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -15,13 +16,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from minigpt_cli.core import checkpoint
+from minigpt_cli.core import checkpoint, shards
 from minigpt_cli.core.checkpoint import SHARDED, Checkpoint
 from minigpt_cli.core.config import Config, config_difference
 from minigpt_cli.core.dataset import Dataset
 from minigpt_cli.core.errors import CheckpointError, UserError
 from minigpt_cli.core.files import TEMPORARY
-from minigpt_cli.core.shards import open_sharded
 
 
 class RunFolder:
@@ -54,10 +54,16 @@ class RunFolder:
         return sorted(self.path.glob(f"{kind}-????????{SHARDED}"))
 
     def holds_run(self) -> bool:
-        return any(path.exists() for path in (self.metrics, *self._checkpoints()))
+        """Whether there is a checkpoint. What a run leaves that failed before its first one may be replaced."""
+        return any(path.exists() for path in self._checkpoints())
+
+    def newest_of(self, kind: str) -> Path | None:
+        """The checkpoint of `kind` (last or best): a folder of shards or a file."""
+        there = [path for path in (*self.shards(kind)[::-1], self.path / f"{kind}.safetensors") if path.exists()]
+        return there[0] if there else None
 
     def has_last(self) -> bool:
-        return self.last.exists() or bool(self.shards("last"))
+        return self.newest_of("last") is not None
 
     def _checkpoints(self) -> list[Path]:
         return [self.last, self.best, *self.snapshots(), *self.shards()]
@@ -69,7 +75,7 @@ class RunFolder:
                 remove(path)
 
     def set_aside(self) -> None:
-        """Make room for a new run: the files of the old one, and nothing else, wait in `.old` until `settle`.
+        """Make room for a new run: the files of the old one, and nothing else, wait in `.old` until it has a `last`.
 
         They gather in `.returning`, which is renamed when it has them all: killed before, they simply go back.
         """
@@ -80,14 +86,20 @@ class RunFolder:
         self.launch.unlink(missing_ok=True)
         self._returning.rename(self._old)
 
-    def settle(self) -> None:
-        """Once the new run has a `last`, what was set aside goes; if it ended without one, the old run comes back.
+    def drop_old(self) -> None:
+        """While a run is going: remove what `set_aside` kept, if the run has a `last` by now. Removes nothing else."""
+        if self.has_last():
+            remove(self._old)
 
-        Killed at any point, the next call goes on from there.
+    def settle(self) -> None:
+        """When a run is opened, or has ended: if it never had a `last`, the run that it was to replace comes back.
+
+        Where there is none to come back, the files of the failed run stay. Killed at any point, the next call goes on
+        from there.
         """
         if self._old.is_dir() and not self._returning.is_dir():
-            if self.has_last():
-                shutil.rmtree(self._old)
+            if self.has_last() or not RunFolder(self._old).holds_run():
+                remove(self._old)
             else:
                 for path in (self.config, self.metrics, self.picture, self.launch, self.logs, *self._checkpoints()):
                     remove(path)
@@ -104,22 +116,32 @@ class RunFolder:
         if there is none, CheckpointError if none verifies.
         """
         complete = [*reversed(self.shards("last")), self.last, *reversed(self.snapshots())]
-        candidates = [path for path in (*complete, self.best) if path.exists()]
+        complete = sorted((path for path in complete if path.exists()), key=_step_of, reverse=True)
+        weights_only = [path for path in (*reversed(self.shards("best")), self.best) if path.exists()]
+        candidates = [*complete, *weights_only]
         if not candidates:
             raise UserError(f"{self.path}: no checkpoint to resume from; run without --resume to start")
         problems = []
         for path in candidates:
             try:
-                found = open_sharded(path) if path.suffix == SHARDED else checkpoint.load(path)
-            except CheckpointError as error:
+                found = shards.open_sharded(path) if path.suffix == SHARDED else checkpoint.load(path)
+            except (CheckpointError, UserError) as error:
                 problems.append(str(error))
                 continue
             if problems:
                 problems.append(f"going on from {path.name}, step {found.header.step}")
-            if path == self.best:
+            if path in weights_only:
                 problems.append("it has no optimizer state: the next steps will not be exactly those of the lost run")
             return found, problems
         raise CheckpointError("; ".join(problems))
+
+
+def _step_of(path: Path) -> float:
+    """The step of a checkpoint, as its header tells; damaged ones come first, so that they are not passed over."""
+    try:
+        return shards.read_header(path).step if path.suffix == SHARDED else checkpoint.read_header(path).step
+    except (CheckpointError, UserError):
+        return math.inf
 
 
 def remove(path: Path) -> None:
@@ -177,7 +199,7 @@ def open_run(path: Path) -> Iterator[RunFolder]:
         raise UserError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
     try:
         folder = RunFolder(path)
-        for stale in path.glob(f"{TEMPORARY}*.*"):
+        for stale in (*path.glob(f"{TEMPORARY}*.*"), *path.glob(f"*{SHARDED}/{TEMPORARY}*")):
             if stale.is_file() or stale.suffix == SHARDED:
                 remove(stale)
         folder.settle()  # the run that was to replace another was killed

@@ -156,12 +156,12 @@ def run_session(
             if world.leads:
                 if saved is None:
                     folder.set_aside()
-                with atomic_write(folder.config) as file:
+                resume_at = saved.header.step if saved is not None else None
+                listeners = [JsonLines(folder.metrics, resume_at=resume_at, evaluated=evaluated)]
+                with atomic_write(folder.config) as file:  # after metrics.jsonl, by which it is known as a run's
                     file.write(config.to_yaml().encode())
                 if world.launch is not None:
                     folder.launch.write_text(world.launch)
-                resume_at = saved.header.step if saved is not None else None
-                listeners = [JsonLines(folder.metrics, resume_at=resume_at, evaluated=evaluated)]
                 listeners += listen(folder, saved)
             return train(config, job.dataset, folder, runtime, listeners, resume=saved or job.start, stop=stop)
         finally:
@@ -185,7 +185,8 @@ def _where_to_start(
             f"{folder.path} already holds a run: --resume goes on with it, --overwrite replaces it, "
             "--out DIR goes elsewhere"
         )
-    if folder.config.exists() and not folder.holds_run() and folder.config.read_bytes() != config.to_yaml().encode():
+    foreign = folder.config.exists() and not folder.holds_run() and not folder.metrics.exists()
+    if foreign and folder.config.read_bytes() != config.to_yaml().encode():
         raise UserError(f"{folder.config} is not a run's: it would be replaced; choose another folder with --out")
     if not resume:
         return None
@@ -207,6 +208,8 @@ def _same_for_all(job: Job, saved: Checkpoint | None, note: Note, *, allow_data_
             changed = check_resumable(saved, job.config, job.dataset, allow_data_change=allow_data_change)
     for key, (old, new) in changed.items():
         note(f"changed since the last session: {key}: {old} -> {new}")
+    if saved is not None and saved.header.dataset_fingerprint != job.dataset.meta.fingerprint:
+        note("other data than before: `best`, patience and passes are counted from here")
     return saved
 
 

@@ -21,18 +21,24 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from minigpt_cli.core import tokenizer as tokenizers
-from minigpt_cli.core.checkpoint import MODEL, Checkpoint, Header, library_versions
+from minigpt_cli.core.checkpoint import (
+    MODEL,
+    Checkpoint,
+    Header,
+    library_versions,
+    stored_once,
+    with_tied_head,
+)
 from minigpt_cli.core.config import parse_config
 from minigpt_cli.core.errors import CheckpointError, MinigptError, UserError
-from minigpt_cli.core.files import MAX_JSON_BYTES, TEMPORARY, bounded_json, fsync_folder
-from minigpt_cli.core.sharding import local
+from minigpt_cli.core.files import MAX_JSON_BYTES, TEMPORARY, atomic_write, bounded_json, fsync_folder
 from minigpt_cli.core.world import World
 
 HEADER = "header.json"
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any], world: World) -> None:
-    """Write a sharded checkpoint to `folder`, which must not exist. Every rank must take part, and see the same disk.
+    """Write a sharded checkpoint to `folder`, replacing one of that name. Every rank must take part, on the same disk.
 
     `header` holds the fields of `Header` but `checksums` and `versions`. Where one rank cannot write, all raise
     MinigptError; on any failure what was written is removed.
@@ -56,11 +62,7 @@ def _write(
         unfinished.mkdir()
     world.any(False)  # the folder is there
     writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
-    own: dict[int, str] = {}  # a tied head is written apart: safetensors refuses tensors that share memory
-    tensors = {
-        name: tensor if own.setdefault(local(tensor).data_ptr(), name) == name else tensor.clone()
-        for name, tensor in tensors.items()
-    }
+    tensors = stored_once(tensors, header["config"])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)  # of one process, which is as meant
         try:
@@ -72,16 +74,30 @@ def _write(
     ours = {file.name: _durable_sha256(file) for file in unfinished.glob(f"shard-{world.rank + 1:05d}-*")}
     sums = {name: sha for text in world.texts(json.dumps(ours)) for name, sha in json.loads(text).items()}
     if world.leads:
-        document = Header(**header, versions=library_versions(), checksums=sums).model_dump_json()
-        signed = {"minigpt": document, "minigpt_sha256": hashlib.sha256(document.encode()).hexdigest()}
-        with open(unfinished / HEADER, "x", encoding="ascii") as file:
-            json.dump(signed, file)
-            file.flush()
-            os.fsync(file.fileno())
-        fsync_folder(unfinished)
-        unfinished.rename(folder)
+        _write_header(unfinished, header, sums)
+        if folder.exists():  # of the same step, and damaged or of another session
+            replaced = folder.with_name(f"{TEMPORARY}old-{folder.name}")
+            folder.rename(replaced)
+            unfinished.rename(folder)
+            shutil.rmtree(replaced)
+        else:
+            unfinished.rename(folder)
         fsync_folder(folder.parent)
     world.any(False)  # it is whole
+
+
+def replace_header(folder: Path, header: Mapping[str, Any], world: World) -> None:
+    """Give a sharded checkpoint, whose tensors stay, another header. Every rank must take part."""
+    if world.leads:
+        _write_header(folder, header, read_header(folder).checksums)
+    world.any(False)  # it is there
+
+
+def _write_header(folder: Path, header: Mapping[str, Any], checksums: dict[str, str]) -> None:
+    document = Header(**header, versions=library_versions(), checksums=checksums).model_dump_json()
+    signed = {"minigpt": document, "minigpt_sha256": hashlib.sha256(document.encode()).hexdigest()}
+    with atomic_write(folder / HEADER) as file:
+        file.write(json.dumps(signed).encode("ascii"))
 
 
 def read_header(folder: Path) -> Header:
@@ -146,8 +162,9 @@ def gathered(folder: Path) -> Checkpoint:
     """The checkpoint with its weights whole in memory, and nothing else: what a single file for sampling holds."""
     saved = open_sharded(folder)
     weights = {name: torch.empty(shape) for name, shape in shapes(folder).items() if name.startswith(MODEL)}
+    weights = stored_once(weights, saved.header.config)  # folders of older versions hold a tied matrix twice
     load(folder, weights)
-    return Checkpoint(folder, saved.header, saved.config, saved.tokenizer, weights)
+    return Checkpoint(folder, saved.header, saved.config, saved.tokenizer, with_tied_head(weights, saved.config))
 
 
 def _durable_sha256(file: Path) -> str:

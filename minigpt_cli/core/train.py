@@ -6,7 +6,6 @@ evaluated or sampled at any moment without changing what is learned.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from minigpt_cli.core import checkpoint, shards
 from minigpt_cli.core.allocator import freed_memory_kept
-from minigpt_cli.core.checkpoint import MODEL, OPTIMIZER, SHARDED, Checkpoint, Progress
+from minigpt_cli.core.checkpoint import MODEL, Checkpoint, Progress
 from minigpt_cli.core.config import Config
 from minigpt_cli.core.dataset import Batches, Dataset
 from minigpt_cli.core.errors import MinigptError
@@ -27,15 +26,15 @@ from minigpt_cli.core.evaluate import evaluate
 from minigpt_cli.core.generate import Sampling, generate
 from minigpt_cli.core.metrics import Listener, Record, read_metrics
 from minigpt_cli.core.model import GPT, empty_model, initial_weights, lm_loss
-from minigpt_cli.core.optim import WeightAverage, learning_rate_at, make_optimizer, set_learning_rate
+from minigpt_cli.core.optim import learning_rate_at, set_learning_rate
 from minigpt_cli.core.run import BackgroundSaver, RunFolder
 from minigpt_cli.core.runtime import DTYPES, Runtime, memory_advice, seed_everything, system_figures
-from minigpt_cli.core.sharding import like, shard, whole
+from minigpt_cli.core.sharding import like, shard
+from minigpt_cli.core.state import TrainState
 from minigpt_cli.core.step import Statistics, TrainStep
 from minigpt_cli.core.tokenizer import Tokenizer, from_json
 
 SAMPLE_TOKENS = 200
-TRAINED = "trained"  # the optimizer's name for weights of which the model holds the average
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Result:
 
     reason: str
     progress: Progress
-    epochs: float
+    epochs: float  # passes over the data; after a change of data, over the new data
     best: Path | None
     last: Path
     fine_tuned: bool = False  # it began with weights from elsewhere
@@ -52,9 +51,9 @@ class Result:
     @classmethod
     def of(cls, reason: str, progress: Progress, dataset: Dataset, folder: RunFolder, *, fine_tuned: bool) -> Result:
         """With what lies in the folder by now."""
-        best = next((path for path in (folder.best, *folder.shards("best")) if path.exists()), None)
-        last = next(iter(folder.shards("last")), folder.last)
-        return cls(reason, progress, progress.tokens_seen / len(dataset.train), best, last, fine_tuned)
+        epochs = (progress.tokens_seen - progress.data_tokens) / len(dataset.train)
+        last = folder.newest_of("last") or folder.last
+        return cls(reason, progress, epochs, folder.newest_of("best"), last, fine_tuned)
 
     @property
     def metrics(self) -> list[Record]:
@@ -94,26 +93,23 @@ class Trainer:
         self.pieces = config.train.pieces(self.world.size)
         checkpoint.require_storable(dataset.meta.tokenizer)
         self.tokenizer: Tokenizer = from_json(dataset.meta.tokenizer)
+        self.progress = progress_of(resume, dataset, runtime.precision)
         self.batches = Batches(
             dataset.train, config.model.block_size, config.train.batch_size,
             seed=config.train.seed, sampling=config.data.sampling, device=runtime.device,
             rows=self.world.share(config.train.batch_size),
             vocab_size=self.tokenizer.vocab_size,
+            shift=self.progress.sequences(config.model.block_size) - self.progress.step * config.train.batch_size,
         )  # fmt: skip
-        self.model = make_model(config, self.tokenizer.vocab_size, runtime, resume.part(MODEL) if resume else None)
-        self.optimizer = make_optimizer(self.model, config.train, runtime.update_dtype)
+        model = make_model(config, self.tokenizer.vocab_size, runtime, resume.part(MODEL) if resume else None)
+        self.state = TrainState(model, config.train, runtime, resume)
+        self.model, self.optimizer = model, self.state.optimizer
         self.scaler = runtime.scaler()
+        if self.progress.scaler and self.scaler.is_enabled():
+            self.scaler.load_state_dict(self.progress.scaler)
         self.statistics = Statistics.zeros(runtime.device)
-        moments: Mapping[str, Tensor] = {}
-        if resume:
-            moments = self._read_shards(resume.path) if resume.path.suffix == SHARDED else resume.part(OPTIMIZER)
-        self.average: WeightAverage | None = None  # of the weights, which is what `model` is judged and kept by
-        if config.train.ema is not None:
-            self.average = WeightAverage(self.model, config.train.ema)
-        self.progress = Progress(precision=runtime.precision)
-        if resume:
-            self._restore(resume, moments)
-        example_BT = self.batches.in_pieces(0, self.pieces)[0][0]
+        self.statistics.loss_sum.fill_(self.progress.loss_sum)
+        example_BT = self.batches.in_pieces(self.progress.step, self.pieces)[0][0]
         note = runtime.wrap(self.model, self.model.blocks, example_BT)
         if note:
             self._note(note)
@@ -121,39 +117,59 @@ class Trainer:
             self.model, self.optimizer, self.scaler, config, runtime, self.statistics, self._note
         )
         self.saver = BackgroundSaver(self._saved)
-        self.saved_at = self.progress.step or -1
+        self.saved_at, self.unsaved = -1, False  # the step of `last`; whether more is known of that step by now
+        if resume and resume.path.parent == folder.path and resume.path.name.startswith("last"):
+            self.saved_at = self.progress.step
+            self.unsaved = resume.header.dataset_fingerprint != dataset.meta.fingerprint
         self.origin = resume.header.initialised_from if resume else None
-        self.started = time.perf_counter() - self.progress.seconds
+        self.started, self.saved_time = time.perf_counter() - self.progress.seconds, time.perf_counter()
 
     def run(self) -> str:
         """The order of things. Returns the reason it ended."""
         train, progress = self.config.train, self.progress
         log_from = (progress.step, time.perf_counter())  # tokens/s are counted over steps, not over evaluations
-        if progress.step and progress.step % train.eval_interval == 0 and progress.evaluated_at < progress.step:
-            better = self._evaluate()  # the run was stopped between this step and its evaluation
-            self._save(last=progress.evaluated_at == progress.step, best=better)
-        if self.origin is not None and progress.val_loss is None:  # fine-tuning: the loss to beat
-            self._save(last=False, best=self._evaluate(scheduled=False))
+        self._catch_up()
         while (reason := self._reason_to_end()) is None:
             self._step()
             self.saver.poll()
             if progress.step % train.log_interval == 0 or progress.step == train.steps:
                 log_from = self._log(log_from)
+            pause = time.perf_counter()
+            if train.sample_interval and progress.step % train.sample_interval == 0:
+                self._sample()
             if not self.stop():
-                pause = time.perf_counter()
-                better = progress.step % train.eval_interval == 0 and self._evaluate()
-                if train.sample_interval and progress.step % train.sample_interval == 0:
-                    self._sample()
-                self._save(last=progress.step % train.checkpoint_interval == 0, best=better)
-                log_from = (log_from[0], log_from[1] + time.perf_counter() - pause)
+                evaluates, numbered = (progress.step % n == 0 for n in (train.eval_interval, train.checkpoint_interval))
+                if numbered or self._time_to_save():
+                    self._save(last=True, numbered=numbered)
+                if evaluates:
+                    self._evaluate()
+            log_from = (log_from[0], log_from[1] + time.perf_counter() - pause)
             self._tell(lambda listener: listener.progress(progress.step))
         if reason != "stopped" and progress.evaluated_at < progress.step:
-            better = self._evaluate(scheduled=False)
+            self._evaluate(scheduled=False)
             reason = reason if progress.evaluated_at == progress.step else "stopped"
-            self._save(last=True, best=better)
-        self._save(last=self.saved_at < progress.step, best=False)
+        if self.saved_at < progress.step or self.unsaved:
+            self._save(last=True, numbered=True)
         self.saver.wait()
         return reason
+
+    def _catch_up(self) -> None:
+        """Make up for an evaluation that the run was stopped before, and find the loss to beat on data new to it."""
+        progress = self.progress
+        if progress.val_loss is None and (self.origin is not None or progress.data_step > 0):
+            self._evaluate(scheduled=False)
+        elif progress.evaluated_at < progress.step and progress.step % self.config.train.eval_interval == 0:
+            self._evaluate()
+
+    def _time_to_save(self) -> bool:
+        """Whether `checkpoint_minutes` have passed since the last save.
+
+        Several ranks must agree on it, and do so only at the steps that are logged: an exchange costs time.
+        """
+        train = self.config.train
+        if train.checkpoint_minutes is None or (self.world.size > 1 and self.progress.step % train.log_interval):
+            return False
+        return self.world.any(time.perf_counter() - self.saved_time >= 60 * train.checkpoint_minutes)
 
     def _reason_to_end(self) -> str | None:
         train, progress = self.config.train, self.progress
@@ -171,8 +187,8 @@ class Trainer:
         step, train = self.progress.step, self.config.train
         set_learning_rate(self.optimizer, learning_rate_at(step, train) / train.learning_rate)
         self.train_step(self.batches.in_pieces(step, self.pieces), step)
-        if self.average is not None:
-            self.average.update(step)
+        if self.state.average is not None:
+            self.state.average.update(step)
         self.progress.step = step + 1
         self.progress.tokens_seen += train.batch_size * self.config.model.block_size
 
@@ -202,46 +218,52 @@ class Trainer:
         """Of the steps since the last log, each step's mean over all ranks."""
         return self.world.total(self.statistics.loss_sum).item() / self.world.size
 
-    def _evaluate(self, *, scheduled: bool = True) -> bool:
-        """Score the validation split; true if no evaluation of this run was better.
+    def _evaluate(self, *, scheduled: bool = True) -> None:
+        """Score the validation split, and save `best` if no evaluation of this run was better.
 
-        Patience counts only what `eval_interval` scheduled, so that ending early and going on changes nothing.
+        It may take long, so the steps before it are saved first if it ends the run, or if there is no `last` yet: a
+        `best` is never without one. Patience counts only what `eval_interval` scheduled, so that ending early and
+        going on changes nothing.
         """
         progress = self.progress
+        if self.saved_at < 0 or self.unsaved or (not scheduled and self.saved_at < progress.step):
+            self._save(last=True)
         self._check_finite()
-        with self._averaged(), self.runtime.uncompiled():
-            score = evaluate(self.model, self.dataset.val, self.runtime, stop=self.stop)
+        with self.state.averaged(), self.runtime.uncompiled():
+            score = evaluate(self.model, self.dataset.val, self.runtime, stop=self._poll)
         if score is None:  # asked to stop; the evaluation is made up for when the run is resumed
-            return False
+            return
         if not math.isfinite(score.loss):
             raise self._diverged(progress.step)
-        progress.val_loss, progress.evaluated_at = score.loss, progress.step
+        progress.val_loss, progress.evaluated_at, self.unsaved = score.loss, progress.step, True
         self._record(val_loss=score.loss, val_standard_error=score.standard_error)
         if scheduled and (progress.patience_loss is None or score.loss < progress.patience_loss):
             progress.patience_loss, progress.worse = score.loss, 0
         elif scheduled:
             progress.worse += 1
-        if progress.best_loss is not None and score.loss >= progress.best_loss:
-            return False
-        progress.best_loss, progress.best_step = score.loss, progress.step
-        return True
+        if progress.best_loss is None or score.loss < progress.best_loss:
+            progress.best_loss, progress.best_step = score.loss, progress.step
+            self._save(best=True)
+
+    def _poll(self) -> bool:
+        """Between two batches of an evaluation: tell of what was saved meanwhile, and whether to stop."""
+        self.saver.poll()
+        return self.stop()
 
     def _sample(self) -> None:
         if not self.world.leads and self.runtime.parallel != "fsdp":  # a sliced model takes every rank to run
             return
         generator = torch.Generator(self.runtime.device).manual_seed(self.config.train.seed)
         prompt = torch.tensor([[self.tokenizer.end_of_text or 0]], device=self.runtime.device)
-        with self._averaged(), self.runtime.uncompiled(), self.runtime.autocast():
+        with self.state.averaged(), self.runtime.uncompiled(), self.runtime.autocast():
             ids = [
                 int(ids_B) for ids_B, _ in generate(self.model, prompt, SAMPLE_TOKENS, Sampling(), generator=generator)
             ]
         self.model.train()
         self._tell(lambda listener: listener.sample(self.progress.step, self.tokenizer.decode(ids)))
 
-    def _save(self, *, last: bool, best: bool) -> None:
-        """Hand copies of the state to the background thread: everything for `last`, the model only for `best`."""
-        if not (last or best):
-            return
+    def _save(self, *, last: bool = False, best: bool = False, numbered: bool = False) -> None:
+        """Save everything as `last`, or the model as `best`; `numbered`: with a snapshot, if the run keeps them."""
         self._check_finite()
         progress, folder = self.progress, self.folder
         if progress.evaluated_at < progress.step:
@@ -253,103 +275,45 @@ class Trainer:
             "tokens_seen": progress.tokens_seen,
             "val_loss": progress.val_loss if progress.evaluated_at == progress.step else None,
             "dataset_fingerprint": self.dataset.meta.fingerprint, "progress": progress.model_copy(),
-            "weights": "trained" if self.average is None else "averaged", "initialised_from": self.origin,
+            "weights": "trained" if self.state.average is None else "averaged", "initialised_from": self.origin,
         }  # fmt: skip
+        same_step = self.saved_at == progress.step
         if last:
-            self.saved_at = progress.step
+            self.saved_at, self.saved_time, self.unsaved = progress.step, time.perf_counter(), False
         if self.config.runtime.checkpoints == "sharded":
-            self._save_shards(header, last=last, best=best)
+            self._save_shards("best" if best else "last", header, same_step=last and same_step)
             return
-        with self._averaged():
-            weights = self._to_host(self._weights())
-        files = [(folder.best, weights)] if best else []
+        with self.state.averaged():
+            tensors = self.state.to_host(self.state.weights())
         if last:
-            moments = self._to_host(self._moments())
-            paths = [folder.last, *([folder.snapshot(progress.step)] if self.config.train.keep else [])]
-            files += [(path, weights | moments) for path in paths]
+            tensors |= self.state.to_host(self.state.moments())
+        paths = [folder.last, *([folder.snapshot(progress.step)] if numbered and self.config.train.keep else [])]
+        if self.world.leads:  # a background thread writes the copies
+            self.saver.submit([(path, tensors) for path in (paths if last else [folder.best])], header)
+
+    def _save_shards(self, kind: str, header: dict[str, Any], *, same_step: bool) -> None:
+        """Every rank writes its slices; what they replace goes when they are whole.
+
+        `same_step`: `last` holds these very tensors, so only its header is new.
+        """
+        path = self.folder.sharded(kind, self.progress.step)
+        if same_step and self.world.any(self.world.leads and path.exists()):
+            shards.replace_header(path, header, self.world)
+        else:
+            self.state.save_shards(path, header, optimizer=kind == "last")
         if self.world.leads:
-            self.saver.submit(files, header)
-
-    def _save_shards(self, header: dict[str, Any], *, last: bool, best: bool) -> None:
-        """Every rank writes its slices, while training waits; what they replace goes when they are whole."""
-        for kind in (["best"] if best else []) + (["last"] if last else []):
-            path = self.folder.sharded(kind, self.progress.step)
-            if path.exists():  # stopped right after it was written
-                continue
-            moments = self._moments() if kind == "last" else {}
-            moments = {name: m.clone() if name.endswith(TRAINED) else m for name, m in moments.items()}
-            with self._averaged():
-                shards.save(path, self._weights() | moments, header, self.world)
-            if self.world.leads:
-                self.folder.drop(kind, keep=path)
-                self.folder.settle()
-                self._tell(lambda listener, path=path: listener.saved(path, self.progress.step))  # type: ignore[misc]
-
-    def _weights(self) -> dict[str, Tensor]:
-        return {MODEL + name: tensor.detach() for name, tensor in self.model.state_dict().items()}
-
-    def _moments(self) -> dict[str, Tensor]:
-        """The optimizer's tensors; and the weights that training goes on with, where the model keeps averages."""
-        moments = {
-            f"{OPTIMIZER}{name}.{key}": value
-            for name, parameter in self.model.named_parameters()
-            for key, value in self.optimizer.state[parameter].items()
-        }
-        if self.average is not None:
-            moments |= {f"{OPTIMIZER}{name}.{TRAINED}": p.detach() for name, p in self.model.named_parameters()}
-        return moments
-
-    def _to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies on the CPU of rank 0; nothing elsewhere. Slices are gathered one tensor at a time."""
-        copies = {}
-        for name, tensor in tensors.items():
-            tensor = whole(tensor.detach())
-            if self.world.leads:
-                copies[name] = tensor.to("cpu", copy=True)
-        return copies
+            self._saved(path, self.progress.step)
 
     def _saved(self, path: Path, step: int) -> None:
-        if path == self.folder.last:
-            self.folder.drop("last", keep=path)  # shards of an earlier session
-            self.folder.settle()  # what --overwrite set aside may go now
-        if path == self.folder.best:
-            self.folder.drop("best", keep=path)
+        """A checkpoint is on the disk: now what it replaces may go."""
+        for kind in ("last", "best"):
+            if path in (self.folder.path / f"{kind}.safetensors", self.folder.sharded(kind, step)):
+                self.folder.drop(kind, keep=path)
+        self.folder.drop_old()
         if self.config.train.keep:
             for old in self.folder.snapshots()[: -self.config.train.keep]:
                 old.unlink(missing_ok=True)
         self._tell(lambda listener: listener.saved(path, step))
-
-    def _restore(self, saved: Checkpoint, moments: Mapping[str, Tensor]) -> None:
-        self.progress = saved.header.progress.model_copy(update={"precision": self.runtime.precision})
-        self.statistics.loss_sum.fill_(self.progress.loss_sum)
-        parameters = dict(self.model.named_parameters())
-        for name, tensor in moments.items():
-            name, _, key = name.rpartition(".")
-            parameter = parameters[name]
-            if key == TRAINED:
-                parameter.data.copy_(like(tensor, parameter.data))
-            else:  # a moment, or a count of steps
-                value = like(tensor, parameter.data) if tensor.ndim else tensor.to(self.runtime.device)
-                self.optimizer.state[parameter][key] = value
-        if self.progress.scaler and self.scaler.is_enabled():
-            self.scaler.load_state_dict(self.progress.scaler)
-
-    def _read_shards(self, path: Path) -> dict[str, Tensor]:
-        """Fill the weights from a sharded checkpoint; the optimizer's tensors, sliced as the weights are."""
-        parameters = dict(self.model.named_parameters())
-        moments = {
-            name: torch.zeros_like(parameters[name.removeprefix(OPTIMIZER).rpartition(".")[0]].detach())
-            if shape
-            else torch.zeros((), device=self.runtime.device)
-            for name, shape in shards.shapes(path).items()
-            if name.startswith(OPTIMIZER)
-        }
-        shards.load(path, self._weights() | moments)
-        return {name.removeprefix(OPTIMIZER): tensor for name, tensor in moments.items()}
-
-    def _averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Inside the block the model holds the weights that it is judged by."""
-        return self.average.swapped() if self.average is not None else contextlib.nullcontext()
 
     def _check_finite(self) -> None:
         if (step := self.world.largest(int(self.statistics.failed_at))) >= 0:
@@ -367,7 +331,8 @@ class Trainer:
 
     def _diverged(self, step: int) -> MinigptError:
         self.saver.wait()
-        kept = f"{self.folder.last} is as it was" if self.folder.last.exists() else "no checkpoint was written"
+        last = self.folder.newest_of("last")
+        kept = f"{last} is kept" if last is not None else "no checkpoint was written"
         error = MinigptError(
             f"the loss or its gradient is not finite at step {step}; {kept}. "
             f"Lower train.learning_rate (now {self.config.train.learning_rate:g}), add train.warmup_iters, "
@@ -390,6 +355,14 @@ class Trainer:
 
     def _seconds(self) -> float:
         return time.perf_counter() - self.started
+
+
+def progress_of(resume: Checkpoint | None, dataset: Dataset, precision: Any) -> Progress:
+    """Where the run stands. On other data than before, everything that was measured on the old data starts again."""
+    if resume is None:
+        return Progress(precision=precision)
+    progress = resume.header.progress.model_copy(update={"precision": precision})
+    return progress if resume.header.dataset_fingerprint == dataset.meta.fingerprint else progress.on_other_data()
 
 
 def make_model(config: Config, vocab_size: int, runtime: Runtime, weights: Mapping[str, Tensor] | None = None) -> GPT:

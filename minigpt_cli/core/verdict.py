@@ -48,16 +48,19 @@ def verdict(result: Result, records: Sequence[Record], config: Config, n_tokens:
     """Sentences: best step, epochs seen, whether it overfits, what to change. `records` is metrics.jsonl.
 
     Advises only what the run has not: no more weight decay or smaller batches where the rules ask for none. The decay
-    takes dropout's place, and would undo what a fine-tuned model began with.
+    takes dropout's place, and would undo what a fine-tuned model began with. After a change of data only what came
+    later counts.
     """
-    decay = []
-    if not result.fine_tuned and _missing_decay(config, n_tokens, n_parameters):
+    decay, progress = [], result.progress
+    begun = progress.data_step
+    if not (result.fine_tuned or begun) and _missing_decay(config, n_tokens, n_parameters):
         decay = ["train.weight_decay=auto" + (" with model.dropout=0" if config.model.dropout >= 0.1 else "")]
     batch = _fitting_batch(config, n_tokens)
     settings = decay + ([f"train.batch_size={batch}"] if batch < config.train.batch_size else [])
-    progress = result.progress
-    losses = [record["val_loss"] for record in records if "val_loss" in record]
-    training = [(record["step"], record["train_loss"]) for record in records if "train_loss" in record]
+    later = [record for record in records if record["step"] >= begun]
+    losses = list({record["step"]: record["val_loss"] for record in later if "val_loss" in record}.values())
+    training = [(record["step"], record["train_loss"]) for record in later if "train_loss" in record]
+    training = [(step, loss) for step, loss in training if step > begun]
     if progress.best_loss is None or not losses:
         return [f"Stopped after step {progress.step}, before the first evaluation."]
     lines = [
@@ -129,5 +132,6 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _epochs(result: Result, step: int) -> str:
-    epochs = result.epochs * step / max(1, result.progress.step)
+    begun = result.progress.data_step
+    epochs = result.epochs * (step - begun) / max(1, result.progress.step - begun)
     return f"{epochs:.1f} passes over the training text" if epochs >= 0.05 else "a small part of the training text"

@@ -20,9 +20,12 @@ from pathlib import Path
 import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401 - children share what is loaded before they are forked
 import pytest
+import torch.distributed.checkpoint  # noqa: F401 - likewise
 
-from minigpt_cli.core.checkpoint import load
+from minigpt_cli.core.checkpoint import SHARDED, load
 from minigpt_cli.core.files import TEMPORARY
+from minigpt_cli.core.run import RunFolder
+from minigpt_cli.core.shards import open_sharded
 from runs import write_dataset
 
 TINY = [
@@ -30,7 +33,8 @@ TINY = [
     "train.max_iters=1000000", "train.eval_interval=7", "train.checkpoint_interval=1", "train.log_interval=3",
     "runtime.precision=fp32",
 ]  # fmt: skip
-SAVED = re.compile(r"saved (?P<file>\S+) at step (?P<step>[\d,]+)")
+SAVED = re.compile(r"saved \S+/last\S+ at step (?P<step>[\d,]+)")
+FORMS = ("file", "sharded")  # of checkpoints
 
 
 def train_arguments(*settings: str, flags: tuple[str, ...] = ()) -> list[str]:
@@ -48,7 +52,7 @@ class Child:
     stderr: Path
     code: int | None = None
 
-    def wait_for(self, pattern: str, seconds: float = 60) -> None:
+    def wait_for(self, pattern: str, seconds: float = 300) -> None:
         """Until stderr matches. Fails if the child ends first, or takes too long."""
         end = time.monotonic() + seconds
         while not re.search(pattern, self.stderr.read_text()):
@@ -62,7 +66,7 @@ class Child:
             self.code = os.waitstatus_to_exitcode(status) if pid else None
         return self.code
 
-    def wait(self, seconds: float = 60) -> int:
+    def wait(self, seconds: float = 300) -> int:
         end = time.monotonic() + seconds
         while self.poll() is None:
             if time.monotonic() > end:
@@ -84,11 +88,17 @@ class Child:
 
     def announced(self) -> int:
         """The last step of which it said that `last` is saved; -1 if of none."""
-        steps = [m["step"] for m in SAVED.finditer(self.stderr.read_text()) if m["file"].endswith("last.safetensors")]
+        steps = [m["step"] for m in SAVED.finditer(self.stderr.read_text())]
         return int(steps[-1].replace(",", "")) if steps else -1
 
 
 Launch = Callable[..., Child]
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest) -> str:
+    """The setting for each form of checkpoint."""
+    return f"runtime.checkpoints={request.param}"
 
 
 @pytest.fixture
@@ -155,14 +165,17 @@ def _become(arguments: list[str], place: Path, out: Path, err: Path, before: Cal
 
 def verified_step(folder: Path, *, at_least: int) -> int:
     """Every checkpoint in the folder verifies, and `last` is no older than what was announced. Its step."""
-    for path in folder.glob("*.safetensors"):
-        load(path)
-    if not (folder / "last.safetensors").exists():
+    steps = {
+        path: (open_sharded(path) if path.suffix == SHARDED else load(path)).header.step
+        for pattern in ("*.safetensors", f"[!.]*{SHARDED}")
+        for path in folder.glob(pattern)
+    }
+    last = RunFolder(folder).newest_of("last")
+    if last is None:
         assert at_least == -1, f"step {at_least} was announced, and there is no checkpoint"
         return -1
-    step = load(folder / "last.safetensors").header.step
-    assert step >= at_least
-    return step
+    assert steps[last] >= at_least
+    return steps[last]
 
 
 def temporaries(folder: Path) -> list[str]:
