@@ -5,9 +5,11 @@ Shapes: B batch, T time (new tokens), S slots of the cache, C width, H heads, D 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -171,7 +173,8 @@ class ReLUSquared(nn.Module):
     """max(0, x)^2 (So et al. 2021, Primer, arXiv:2109.08668)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x).square()
+        y = F.relu(x)
+        return y * y  # CUDA's autocast would compute `square` in float32
 
 
 class GELUTanh(nn.GELU):
@@ -204,17 +207,35 @@ class Dropout(nn.Module):
         return kernels.dropout(x, self.rate) if self.training and self.rate else x
 
 
+class LayerNorm(nn.LayerNorm):
+    """(x - mean(x)) / std(x) times a gain, plus a bias (Ba et al. 2016, arXiv:1607.06450)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cuda:
+            return super().forward(x)
+        with _in_own_dtype(x):
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
+
+
 class RMSNorm(nn.RMSNorm):
     """x / rms(x) times a gain (Zhang & Sennrich 2019, arXiv:1910.07467)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)  # fused only in one dtype
+        with _in_own_dtype(x):
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)  # fused only in one dtype
+
+
+def _in_own_dtype(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """CUDA's autocast would norm a bf16 stream in float32, and write a float32 result: twice the traffic. The kernels
+    compute mean and variance in float32 in any case."""
+    return torch.autocast("cuda", enabled=False) if x.is_cuda else contextlib.nullcontext()
 
 
 def make_norm(config: ModelConfig, width: int) -> nn.Module:
-    """The norm of a config, over the last axis. LayerNorm: Ba et al. 2016, arXiv:1607.06450."""
+    """The norm of a config, over the last axis."""
     if config.norm == "layernorm":
-        return nn.LayerNorm(width, eps=norm_eps(config), bias=config.bias)
+        return LayerNorm(width, eps=norm_eps(config), bias=config.bias)
     return RMSNorm(width, eps=norm_eps(config)) if config.norm == "rmsnorm" else nn.Identity()
 
 

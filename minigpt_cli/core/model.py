@@ -231,7 +231,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of each, so many that a chunk of the first has at most `WHOLE_LOGITS` elements, but at least one."""
+    """The same rows of each, at least one, else with at most `WHOLE_LOGITS` elements of the first."""
     rows = max(1, WHOLE_LOGITS // tensors[0].shape[1])
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 

@@ -54,7 +54,6 @@ def make_optimizer(model: GPT, config: TrainConfig, dtype: torch.dtype = torch.f
         group["lr"] = torch.tensor(group["peak"], device=group["params"][0].device)
         if "rows" not in group and local(group["params"][0]) is not group["params"][0]:
             group["lr"] = group["peak"]  # PyTorch would try the fused step of a tensor rate on all slices' wholes first
-        group["capturable"] = group["params"][0].is_cuda
     if config.optimizer == "muon":
         return Muon(groups, (config.beta1, config.beta2), dtype)
     return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
@@ -83,13 +82,13 @@ class Muon(torch.optim.AdamW):
         params: list[Tensor] = group["params"]
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in params]
         rate, found_inf = group["lr"], getattr(self, "found_inf", None)
-        if found_inf is not None:  # then nothing may move, and momentum must not take it in
-            grads = [torch.where(found_inf > 0, 0.0, grad) for grad in grads]
-            rate = rate * (1 - found_inf)
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
         momenta = [self.state[p]["momentum"] for p in params]
+        if found_inf is not None:  # a step that is skipped: a gradient equal to the momentum leaves it as it is
+            grads = [torch.where(found_inf > 0, m, grad) for m, grad in zip(momenta, grads, strict=True)]
+            rate = rate * (1 - found_inf)
         torch._foreach_lerp_(momenta, grads, 1 - MUON_MOMENTUM)
         ahead = torch._foreach_lerp(grads, momenta, MUON_MOMENTUM)  # Nesterov's look ahead
         torch._foreach_mul_(params, 1 - rate * group["weight_decay"])

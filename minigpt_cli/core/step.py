@@ -25,10 +25,11 @@ class Statistics:
     loss_sum: Tensor  # of the steps since the last log
     failed_at: Tensor  # the first step whose loss or gradient was not finite; -1 while all is well
     step: Tensor  # the number of the step at work
+    grad_norm: Tensor  # of the last step, over all parameters, before clipping
 
     @classmethod
     def zeros(cls, device: torch.device) -> Statistics:
-        return cls(*(torch.tensor(value, device=device) for value in (0.0, -1, 0)))
+        return cls(*(torch.tensor(value, device=device) for value in (0.0, -1, 0, 0.0)))
 
 
 def train_step(
@@ -54,8 +55,8 @@ class TrainStep:
     """`train_step` for one batch after another of equal shape; on CUDA recorded once, then replayed by the device.
 
     What changes from step to step (batch, seed, learning rate, step number) is then written into tensors that stay in
-    place. Several micro batches draw their dropout from seeds of their own, and loss scaling asks the host: these are
-    not recorded. Where recording fails, `note` is told, and training goes on without.
+    place. Several micro batches draw their dropout from seeds of their own, and are not recorded. Where recording
+    fails, `note` is called, and training continues without it.
     """
 
     WARM_UP = 3  # ordinary steps, which allocate what a recording refers to
@@ -67,7 +68,8 @@ class TrainStep:
         self.model = replicate(model, runtime.device) if runtime.parallel == "ddp" else model
         self.optimizer, self.scaler = optimizer, scaler
         self.config, self.runtime, self.statistics, self.note = config, runtime, statistics, note
-        self.recordable = runtime.records and config.train.accumulation == 1 and not scaler.is_enabled()
+        self.recordable = runtime.records and config.train.accumulation == 1
+        self._set_capturable(self.recordable)
         self.taken = 0
         self.batch: tuple[Tensor, Tensor] | None = None
         self.replay: Callable[[], None] | None = None
@@ -97,7 +99,13 @@ class TrainStep:
                 self.note(f"CUDA graph: failed, going on without it ({first_line(error)})")
                 self.optimizer.zero_grad(set_to_none=True)
                 self.recordable = False
+                self._set_capturable(False)
         return self.recordable
+
+    def _set_capturable(self, value: bool) -> None:
+        """PyTorch's optimizers refuse to be recorded without this, and advise against it elsewhere."""
+        for group in self.optimizer.param_groups:
+            group["capturable"] = value
 
     def _work(self) -> None:
         assert self.batch is not None
@@ -125,6 +133,7 @@ def _update(
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    statistics.grad_norm.copy_(norm)
     if config.train.grad_clip:
         nn.utils.clip_grads_with_norm_(parameters, config.train.grad_clip, norm)
     if not scaler.is_enabled():

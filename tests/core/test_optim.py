@@ -234,6 +234,23 @@ def test_muon_takes_a_gradient_that_is_not_finite_for_none_and_does_not_move(tin
         assert not torch.equal(p, before[name]), name
 
 
+def test_muons_momentum_stands_still_in_a_skipped_step(tiny: Tiny) -> None:
+    """As Adam's moments do: else every overflow of fp16 would shrink it by a twentieth."""
+    model = GPT(tiny(), 11)
+    optimizer = make_optimizer(model, TrainConfig(optimizer="muon"))
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    before = {p: {key: value.clone() for key, value in state.items()} for p, state in optimizer.state.items()}
+    for p in model.parameters():
+        p.grad = torch.full_like(p, torch.inf)
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    for p, state in optimizer.state.items():
+        for key, value in state.items():
+            assert torch.equal(value, before[p][key]), key
+
+
 def test_a_weight_average_is_the_weighted_sum_of_all_weights_so_far() -> None:
     model = torch.nn.Linear(3, 2)
     average, expected = WeightAverage(model, 0.8), [p.detach().clone() for p in model.parameters()]

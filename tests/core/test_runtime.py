@@ -119,6 +119,16 @@ def test_seeds_are_a_pure_function_of_their_key() -> None:
     assert len({draw(1, 2, 3), draw(1, 2, 4), draw(1, 3, 3), draw(12, 3), draw(1, 23), draw(0)}) == 6
 
 
+def test_seeding_gives_the_bits_that_torchs_own_seeding_gives() -> None:
+    import hashlib
+
+    seed = int.from_bytes(hashlib.blake2b(b"(7, 3, 0)", digest_size=8).digest(), "little") >> 1
+    torch.manual_seed(seed)
+    expected = torch.rand(5)
+    seed_everything(7, 3, 0)
+    assert torch.equal(torch.rand(5), expected)
+
+
 def test_without_a_compiler_training_goes_on_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import torch._inductor.config
 
