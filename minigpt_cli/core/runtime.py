@@ -176,9 +176,7 @@ def choose_runtime(
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; without it cuBLAS may vary
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = (
-            False  # doubles the kernels
-        )
+        torch.utils.deterministic.fill_uninitialized_memory = False  # doubles the kernels
     return Runtime(device, precision, compiling, tuple(notes), world, parallel, config.checkpoint_activations)
 
 
