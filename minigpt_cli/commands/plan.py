@@ -87,7 +87,7 @@ def _corpus(config: Config, asked: Asked) -> tuple[int, int | None]:
 
 def _peak(config: Config, asked: Asked) -> tuple[float, str]:
     """FLOP/s of a device at its best, and the precision that reaches them."""
-    from minigpt_cli.core.runtime import PEAK_TFLOPS, peak_of
+    from minigpt_cli.core.gpus import PEAK_TFLOPS, peak_of
 
     precision = "bf16" if config.runtime.precision == "auto" else config.runtime.precision
     if asked.peak_tflops is not None:
@@ -97,7 +97,8 @@ def _peak(config: Config, asked: Asked) -> tuple[float, str]:
     peak = peak_of(asked.device_name)
     if peak is None:
         raise UserError(
-            f"--device-name {asked.device_name}: unknown; say --peak-tflops, or one of {', '.join(PEAK_TFLOPS)}"
+            f"--device-name {asked.device_name}: unknown or ambiguous; give --peak-tflops, or one of "
+            f"{', '.join(PEAK_TFLOPS)}"
         )
     return peak, precision
 

@@ -58,7 +58,7 @@ class ModelConfig(Section):
     tie_weights: bool = False  # the head shares the token embedding's matrix
     vocab_multiple: Annotated[int, Field(ge=1, le=1024)] = 1  # embedding and head get unused rows, up to a multiple
     logit_softcap: Annotated[float, Field(gt=0)] | None = None  # logits are bent so that they stay within +/- this
-    init: Literal["gpt2", "torch"] = "gpt2"  # N(0, 0.02) with zero biases, or PyTorch's defaults
+    init: Literal["normal", "gpt2", "torch"] = "normal"  # N(0, 0.02), zero biases; as GPT-2; or PyTorch's defaults
     zero_init: bool = False  # what attention and feed-forward add to the residual stream begins as nothing
 
     @model_validator(mode="after")

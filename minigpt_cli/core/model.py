@@ -72,8 +72,12 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.n_embd, rows, bias=config.bias_head)
         if config.tie_weights:
             self.head.weight = self.token_embedding.weight
+        if config.init != "torch":
+            self.apply(_init_normal)  # "torch" keeps what the constructors drew
         if config.init == "gpt2":
-            self.apply(_init_gpt2)  # "torch" keeps what the constructors drew
+            for attn, mlp in self._parts():
+                attn.proj.weight.data *= residual_scale(config)
+                mlp.down.weight.data *= residual_scale(config)
         if config.zero_init:
             for attn, mlp in self._parts():
                 nn.init.zeros_(attn.proj.weight)
@@ -249,12 +253,12 @@ def initial_weights(model: GPT) -> Iterator[tuple[str, Tensor]]:
     later weight counts.
     """
     rounds: list[Callable[[Any], None]] = [lambda module: module.reset_parameters()]
-    if model.config.init == "gpt2":
-        rounds.append(_init_gpt2)
+    if model.config.init != "torch":
+        rounds.append(_init_normal)
     for initialise in rounds:
         for name, module in model.named_modules():
             if not module._parameters or (
-                initialise is _init_gpt2 and not isinstance(module, nn.Linear | nn.Embedding)
+                initialise is _init_normal and not isinstance(module, nn.Linear | nn.Embedding)
             ):
                 continue
             drawn = copy.copy(module)
@@ -262,8 +266,10 @@ def initial_weights(model: GPT) -> Iterator[tuple[str, Tensor]]:
                 key: None if p is None else nn.Parameter(torch.empty(p.shape)) for key, p in module._parameters.items()
             }
             initialise(drawn)
-            if module is model.head and model.config.tie_weights and initialise is not _init_gpt2:
+            if module is model.head and model.config.tie_weights and initialise is not _init_normal:
                 del drawn._parameters["weight"]  # the constructor drops it for the embedding's
+            if initialise is _init_normal and model.config.init == "gpt2" and name.endswith((".proj", ".down")):
+                drawn.weight.data *= residual_scale(model.config)
             yield from ((f"{name}.{key}", p.data) for key, p in drawn._parameters.items() if p is not None)
     if model.config.zero_init:
         for i in range(model.config.n_layer):
@@ -271,7 +277,13 @@ def initial_weights(model: GPT) -> Iterator[tuple[str, Tensor]]:
                 yield name, torch.zeros(model.get_parameter(name).shape)
 
 
-def _init_gpt2(module: nn.Module) -> None:
+def residual_scale(config: ModelConfig) -> float:
+    """What GPT-2 multiplies the initial output projections with, two in each layer: the residual stream adds them up,
+    and would else grow with the depth (Radford et al. 2019, section 2.3)."""
+    return (2 * config.n_layer) ** -0.5
+
+
+def _init_normal(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, mean=0.0, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:

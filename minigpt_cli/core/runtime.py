@@ -22,6 +22,7 @@ from minigpt_cli.core import processor
 from minigpt_cli.core.compiler import decode_library
 from minigpt_cli.core.config import RuntimeConfig, TrainConfig
 from minigpt_cli.core.errors import MinigptError, UserError
+from minigpt_cli.core.gpus import peak_of
 from minigpt_cli.core.world import ALONE, World
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,12 +32,6 @@ EMULATED = "precision: bf16 is emulated on this CPU, and many times slower than 
 TRAINING_BYTES = 16  # per parameter: the weight, its gradient, and AdamW's two moments, in float32
 BF16_FROM_ROWS = 256  # of a product: below, calling it is most of the work
 HALF_FROM_PARAMETERS = 1_000_000  # from here on reading weights, not calling operators, is what decoding waits for
-
-# Dense bf16 (fp16 where there is none) tensor-core TFLOP/s by the vendors' data sheets, for model FLOPs utilisation.
-PEAK_TFLOPS = {
-    "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70,
-    "RTX 5090": 210, "RTX 4090": 165, "RTX 4060 Laptop": 59, "RTX 3090": 71, "V100": 125, "T4": 65,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -176,7 +171,7 @@ def choose_runtime(
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; without it cuBLAS may vary
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # doubles the kernels
+        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 # doubles the kernels; typed late
     return Runtime(device, precision, compiling, tuple(notes), world, parallel, config.checkpoint_activations)
 
 
@@ -335,13 +330,6 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     return peak_of(torch.cuda.get_device_name(device))
-
-
-def peak_of(name: str) -> float | None:
-    """Dense 16-bit FLOP/s of a device by its name, such as `NVIDIA H100 80GB HBM3`, `h100` or `4090`."""
-    name, known = name.lower(), {key.lower(): tflops * 1e12 for key, tflops in PEAK_TFLOPS.items()}
-    named = [key for key in known if key in name] or [key for key in known if name in key]
-    return known[named[0]] if named else None
 
 
 def describe_device(device: torch.device) -> str:

@@ -94,7 +94,7 @@ def test_a_model_that_no_machine_here_could_hold_is_planned_at_once() -> None:
     ("arguments", "words"),
     [
         (["--dry-run", "--world-size", "8"], ["data/openwebtext is not prepared", "--vocab-size 50257 --tokens 9e9"]),
-        (["--dry-run", "--world-size", "8", *CORPUS, "--device-name", "abacus"], ["abacus: unknown", "H100, A100"]),
+        (["--dry-run", "--world-size", "8", *CORPUS, "--device-name", "abacus"], ["abacus: unknown", "H200, H100"]),
         (["--dry-run", "--world-size", "7", *CORPUS], ["512 cannot be shared by 7 ranks"]),
         (["--dry-run", "--world-size", "8", *CORPUS, "--set", "runtime.precision=fp32"], ["--peak-tflops"]),
         (

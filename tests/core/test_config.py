@@ -494,7 +494,7 @@ def test_a_seed_config_trains_as_its_script_did(name: str, settings: dict[str, A
 
 def test_v2_has_the_shape_of_gpt_but_for_its_beginning_and_one_dropout() -> None:
     gpt, v2 = load_config("gpt"), load_config("v2")
-    assert (v2.model.init, gpt.model.init) == ("torch", "gpt2")
+    assert (v2.model.init, gpt.model.init) == ("torch", "normal")
     assert (v2.model.dropout, v2.model.dropout_proj) == (0.2, 0.0)
     assert (gpt.model.dropout, gpt.model.dropout_proj) == (0.2, None)
     changed = set(config_difference(gpt, v2))

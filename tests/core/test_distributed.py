@@ -209,7 +209,9 @@ def test_gradients_are_exchanged_once_a_step(two: Path, way: str) -> None:
     assert pieces["gloo:all_reduce"] == whole["gloo:all_reduce"]
 
 
-@pytest.mark.parametrize("changes", [*MODEL_CHOICES[::7], {"init": "torch", "tie_weights": True}, {"zero_init": True}])
+@pytest.mark.parametrize(
+    "changes", [*MODEL_CHOICES[::7], {"init": "torch", "tie_weights": True}, {"init": "gpt2"}, {"zero_init": True}]
+)
 def test_weights_are_drawn_alike_with_and_without_memory(changes: dict[str, Any]) -> None:
     config = small_config(**changes).model
     torch.manual_seed(3)

@@ -174,7 +174,7 @@ def test_softcapped_logits_stay_within_the_cap(tiny: Tiny) -> None:
     assert 1.9 < logits.abs().max() <= 2.0
 
 
-@pytest.mark.parametrize("init", ["gpt2", "torch"])
+@pytest.mark.parametrize("init", ["normal", "gpt2", "torch"])
 def test_a_tied_head_is_the_embedding_and_counts_once(init: str, tiny: Tiny) -> None:
     tied, untied = (GPT(tiny(tie_weights=tie, init=init), V) for tie in (True, False))
     assert tied.head.weight is tied.token_embedding.weight
@@ -324,7 +324,31 @@ def test_the_torch_init_is_pytorchs_own(tiny: Tiny) -> None:
             assert module.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05), name
 
 
-@pytest.mark.parametrize("init", ["gpt2", "torch"])
+def test_init_gpt2_has_the_spread_of_hugging_faces_gpt2(tiny: Tiny) -> None:
+    """Every matrix and every bias of 12 layers against a model that transformers initialised."""
+    transformers = pytest.importorskip("transformers")
+    shape = {"n_layer": 12, "n_head": 4, "n_embd": 64}
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=512, n_positions=64, **shape))
+    config = tiny(
+        **shape, block_size=64, init="gpt2", mlp="gelu_tanh", bias_qkv=True, bias_head=False, tie_weights=True
+    )
+    model = GPT(config, 512)
+
+    def spread(module: nn.Module, part: str) -> float:
+        return torch.cat([p.detach().flatten() for name, p in module.named_parameters() if part in name]).std().item()
+
+    for mine, their_name in {
+        "token_embedding.weight": "wte.weight", "position_embedding.weight": "wpe.weight",
+        "attn.qkv.weight": "attn.c_attn.weight", "attn.proj.weight": "attn.c_proj.weight",
+        "mlp.up.weight": "mlp.c_fc.weight", "mlp.down.weight": "mlp.c_proj.weight",
+        "attn.proj.bias": "attn.c_proj.bias",
+        "mlp.up.bias": "mlp.c_fc.bias",
+    }.items():  # fmt: skip
+        assert spread(model, mine) == pytest.approx(spread(theirs, their_name), rel=0.03), mine
+    assert spread(model, "mlp.down.weight") == pytest.approx(0.02 / math.sqrt(24), rel=0.03)
+
+
+@pytest.mark.parametrize("init", ["normal", "gpt2", "torch"])
 def test_the_init_follows_from_the_seed_alone(init: str, tiny: Tiny) -> None:
     def weights(seed: int) -> Tensor:
         torch.manual_seed(seed)
