@@ -21,7 +21,7 @@ from minigpt_cli.core.runtime import Runtime
 from minigpt_cli.core.tokenizer import Tokenizer
 
 EVALUATED_AT_ONCE = 16384  # tokens, at most
-MAX_LOGITS = 1 << 26  # elements at once: 256 MB in float32
+MAX_LOGITS = 1 << 26  # elements at once, in float32: 256 MB; on a GPU, a sixteenth of its memory
 MAX_COUNTED = 20_000_000  # tokens that a bigram model is scored on; and counted on, if the vocabulary is large
 
 

@@ -147,8 +147,7 @@ def step_at(model: GPT, cache: KVCache, ids_B1: Tensor, position_B: Tensor, reac
 
     Attention looks at the cache's first `reach` slots. Streams may differ in length; `cache.length` does not matter.
     """
-    filled_BS = torch.arange(reach, device=ids_B1.device) <= position_B[:, None]
-    cache.place = Place(position_B, filled_BS[:, None, None])
+    cache.place = Place.of(position_B, cache, reach)
     try:
         return model(ids_B1, cache)[:, -1]
     finally:

@@ -32,9 +32,24 @@ def causal_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, rate: float
         if groups > 1:
             k_BHTD, v_BHTD = k_BHTD.repeat_interleave(groups, 1), v_BHTD.repeat_interleave(groups, 1)
         return _CausalAttention.apply(q_BHTD, k_BHTD, v_BHTD, rate)
-    return F.scaled_dot_product_attention(
-        q_BHTD, k_BHTD, v_BHTD, dropout_p=rate, is_causal=q_BHTD.shape[2] > 1, enable_gqa=groups > 1
-    )
+    return fused_attention(q_BHTD, k_BHTD, v_BHTD, dropout_p=rate, is_causal=q_BHTD.shape[2] > 1)
+
+
+def fused_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, **how: Any) -> Tensor:
+    """PyTorch's own attention; `how` as for `F.scaled_dot_product_attention`. k and v may have fewer heads than q.
+
+    Without gradients cuDNN is left out: PyTorch prefers it on an H100 and newer, where it plans anew for every length
+    (0.4 s on a B200), and evaluating and decoding have many. In training, whose shapes stay the same, it is kept.
+    """
+    grouped = k_BHTD.shape[1] < q_BHTD.shape[1]
+    if torch.is_grad_enabled() or not q_BHTD.is_cuda:
+        return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, enable_gqa=grouped, **how)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, enable_gqa=grouped, **how)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def swiglu(x: Tensor) -> Tensor:

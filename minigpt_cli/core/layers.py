@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,7 +28,20 @@ class Place:
     and each stream has its own."""
 
     position: Tensor  # (B,), from 0
-    filled: Tensor  # (B, 1, 1, S): which of the cache's first S slots hold a token by then
+    stream: Tensor  # (B,): 0, 1, ...
+    slot: Tensor  # (B,): where in the cache the token's key and value go
+    mask: Tensor  # (B, 1, 1, S): 0 for those of the cache's first S slots that hold a token by then, else -inf
+
+    @classmethod
+    def of(cls, position_B: Tensor, cache: KVCache, reach: int) -> Place:
+        """For all layers at once: what each would compute again. `reach` is S."""
+        keys_BHSD = (
+            cache.layers[0].k_BHSD if cache.layers else position_B.new_empty(1, 1, reach, 1, dtype=torch.float32)
+        )
+        empty_BS = torch.arange(reach, device=position_B.device) > position_B[:, None]
+        mask_BS = torch.zeros_like(empty_BS, dtype=keys_BHSD.dtype).masked_fill_(empty_BS, -math.inf)
+        stream_B = torch.arange(len(position_B), device=position_B.device)
+        return cls(position_B, stream_B, position_B % keys_BHSD.shape[2], mask_BS[:, None, None])
 
 
 class LayerCache:
@@ -43,10 +57,9 @@ class LayerCache:
         """
         size, T = self.k_BHSD.shape[2], k_BHTD.shape[2]
         if isinstance(start, Place):
-            slot_B, reach = start.position % size, start.filled.shape[-1]
-            stream_B = torch.arange(len(slot_B), device=slot_B.device)
-            self.k_BHSD[stream_B, :, slot_B] = k_BHTD[:, :, 0].to(self.k_BHSD.dtype)
-            self.v_BHSD[stream_B, :, slot_B] = v_BHTD[:, :, 0].to(self.v_BHSD.dtype)
+            reach = start.mask.shape[-1]
+            self.k_BHSD[start.stream, :, start.slot] = k_BHTD[:, :, 0].to(self.k_BHSD.dtype)
+            self.v_BHSD[start.stream, :, start.slot] = v_BHTD[:, :, 0].to(self.v_BHSD.dtype)
             return self.k_BHSD.narrow(2, 0, reach), self.v_BHSD.narrow(2, 0, reach)
         slot = start % size
         self.k_BHSD.narrow(2, slot, T).copy_(k_BHTD)
@@ -118,12 +131,11 @@ class Attention(nn.Module):
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         mask = None
         if isinstance(start, Place):
-            mask = start.filled
+            mask = start.mask
         elif start and T > 1:  # several new tokens behind a cached past: each sees the past, itself and no later one
             mask = torch.ones(T, start + T, dtype=torch.bool, device=x_BTC.device).tril(start)
         if mask is not None:
-            grouped = self.n_kv_head < self.n_head
-            y_BHTD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+            y_BHTD = kernels.fused_attention(q, k, v, attn_mask=mask)
         else:
             y_BHTD = kernels.causal_attention(q, k, v, self.dropout_attn if self.training else 0.0)
         return self.dropout(self.proj(y_BHTD.transpose(1, 2).reshape(B, T, -1)))
