@@ -27,7 +27,9 @@ if TYPE_CHECKING:  # torch is imported where batches become tensors: `prepare` s
 
 FORMAT_VERSION = 2  # 1 knows neither documents nor shards, and is written where there are none
 
-RESIDENT_BYTES = 4 << 30  # up to here a split of 4 bytes a token lies on the device
+RESIDENT_BYTES = (
+    4 << 30
+)  # at most so much of a split, at 4 bytes a token, lies on the device; and an eighth of its memory
 PIECE = 1 << 24  # tokens read at a time where all are read
 SCANNED = 1 << 28  # tokens that are all looked at before a run begins: half a second, from a fast disk
 
@@ -253,6 +255,11 @@ def _epoch_order(n_tokens: int, block_size: int, seed: int, epoch: int) -> tuple
     n_windows = windows_per_epoch(n_tokens, block_size)
     slack = n_tokens - 1 - n_windows * block_size  # the last target must exist
     return generator.permutation(n_windows), int(generator.integers(0, min(block_size, slack + 1)))
+
+
+def resident_bytes(device_memory: int | None) -> int:
+    """How large a split may be to lie on a device with so much memory."""
+    return min(RESIDENT_BYTES, device_memory // 8) if device_memory else RESIDENT_BYTES
 
 
 class Batches:

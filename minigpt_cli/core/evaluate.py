@@ -21,7 +21,8 @@ from minigpt_cli.core.runtime import Runtime
 from minigpt_cli.core.tokenizer import Tokenizer
 
 EVALUATED_AT_ONCE = 16384  # tokens, at most
-MAX_LOGITS = 1 << 26  # elements at once, in float32: 256 MB; on a GPU, a sixteenth of its memory
+MAX_LOGITS = 1 << 26  # at once: 256 MB in float32; on a GPU with more memory, a sixteenth of that
+LOGIT_BYTES = 10  # of one logit in 16 bits, its float32 copy and its log-probability
 MAX_COUNTED = 20_000_000  # tokens that a bigram model is scored on; and counted on, if the vocabulary is large
 
 
@@ -60,7 +61,8 @@ def evaluate(
         raise UserError(f"this text has {len(tokens)} token(s); evaluating needs at least 2")
     was_training = model.training
     model.eval()
-    windows, world = _windows(tokens, model.config.block_size, model.vocab_size), runtime.world
+    world, at_once = runtime.world, _logits_at_once(runtime)
+    windows = _windows(tokens, model.config.block_size, model.vocab_size, at_once)
     counts = np.array([y.shape[1] for _, y in windows for _ in range(len(y))])  # tokens of each row
     begin = np.cumsum([0, *(len(y) for _, y in windows)])  # of each batch's rows
     losses_N = torch.zeros(len(counts), device=runtime.device)
@@ -73,8 +75,7 @@ def evaluate(
         x, y = windows[min(turn, len(windows) - 1)]  # a sliced model takes every rank to run, if only for show
         require_ids(x, model.vocab_size)
         require_ids(y, model.vocab_size)
-        x_BT = torch.from_numpy(x.astype(np.int64)).to(runtime.device)
-        y_BT = torch.from_numpy(y.astype(np.int64)).to(runtime.device)
+        x_BT, y_BT = (_on_device(ids, runtime.device) for ids in (x, y))
         with runtime.autocast():
             logits_BTV = model(x_BT)
         losses_BT = F.cross_entropy(logits_BTV.float().flatten(0, 1), y_BT.flatten(), reduction="none").view_as(y_BT)
@@ -91,10 +92,23 @@ def evaluate(
     return Score(loss, float(error), int(world.total(hits)) / int(counts.sum()), int(counts.sum()))
 
 
-def _windows(tokens: Tokens, block_size: int, vocab_size: int) -> list[tuple[Array, Array]]:
+def _logits_at_once(runtime: Runtime) -> int:
+    """How many logits the device may hold at once. Of several kinds of device the smallest decides: ranks take turns
+    with the same batches. By the size of the memory, not by what is free, so that the same run gives the same bits."""
+    memory = runtime.memory_bytes
+    return -runtime.world.largest(-max(MAX_LOGITS, memory // (16 * LOGIT_BYTES)) if memory else -MAX_LOGITS)
+
+
+def _on_device(ids: Array, device: torch.device) -> torch.Tensor:
+    """Token ids as int64. On a GPU the copy is only ordered: the host prepares the next batch meanwhile."""
+    host = torch.from_numpy(ids.astype(np.int64))
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
+def _windows(tokens: Tokens, block_size: int, vocab_size: int, max_logits: int) -> list[tuple[Array, Array]]:
     """(x, y) pairs of shape (B, T), y one token ahead, that cover every prediction once."""
     full = (len(tokens) - 1) // block_size
-    rows = max(1, min(EVALUATED_AT_ONCE // block_size, MAX_LOGITS // (block_size * vocab_size)))
+    rows = max(1, min(EVALUATED_AT_ONCE // block_size, max_logits // (block_size * vocab_size)))
     pairs = []
     for first in range(0, full, rows):
         begin, end = first * block_size, min(first + rows, full) * block_size

@@ -11,7 +11,7 @@ import torch
 
 from minigpt_cli.core.allocator import freed_memory_kept
 from minigpt_cli.core.config import Config
-from minigpt_cli.core.dataset import Batches, Tokens
+from minigpt_cli.core.dataset import Batches, Tokens, resident_bytes
 from minigpt_cli.core.generate import Sampling, for_decoding, generate, read_back
 from minigpt_cli.core.model import GPT
 from minigpt_cli.core.optim import make_optimizer
@@ -48,7 +48,7 @@ def measure_training(
         batches = Batches(
             tokens, config.model.block_size, train.batch_size,
             seed=train.seed, sampling=config.data.sampling, device=runtime.device, rows=world.share(train.batch_size),
-            vocab_size=vocab_size,
+            vocab_size=vocab_size, resident_bytes=resident_bytes(runtime.memory_bytes),
         )  # fmt: skip
         runtime.wrap(model, model.blocks, batches.in_pieces(0, pieces)[0][0])
         train_step = TrainStep(model, optimizer, scaler, config, runtime, counters)

@@ -100,6 +100,11 @@ class Runtime:
         return torch.compiler.set_stance("force_eager") if self.compile else contextlib.nullcontext()
 
     @property
+    def memory_bytes(self) -> int | None:
+        """The GPU's memory, all of it; None elsewhere."""
+        return torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else None
+
+    @property
     def records(self) -> bool:
         """Whether work can be recorded and replayed here. What ranks exchange, and draw again, is not recorded."""
         return self.device.type == "cuda" and self.world.size == 1 and not self.checkpoint_activations

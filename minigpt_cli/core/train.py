@@ -20,7 +20,7 @@ from minigpt_cli.core import checkpoint, shards
 from minigpt_cli.core.allocator import freed_memory_kept
 from minigpt_cli.core.checkpoint import MODEL, Checkpoint, Progress
 from minigpt_cli.core.config import Config
-from minigpt_cli.core.dataset import Batches, Dataset
+from minigpt_cli.core.dataset import Batches, Dataset, resident_bytes
 from minigpt_cli.core.errors import MinigptError
 from minigpt_cli.core.evaluate import evaluate
 from minigpt_cli.core.generate import Sampling, generate
@@ -98,7 +98,7 @@ class Trainer:
             dataset.train, config.model.block_size, config.train.batch_size,
             seed=config.train.seed, sampling=config.data.sampling, device=runtime.device,
             rows=self.world.share(config.train.batch_size),
-            vocab_size=self.tokenizer.vocab_size,
+            vocab_size=self.tokenizer.vocab_size, resident_bytes=resident_bytes(runtime.memory_bytes),
             shift=self.progress.sequences(config.model.block_size) - self.progress.step * config.train.batch_size,
         )  # fmt: skip
         model = make_model(config, self.tokenizer.vocab_size, runtime, resume.part(MODEL) if resume else None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minigpt_cli.core import evaluate as evaluate_module
 from minigpt_cli.core.config import ModelConfig
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.evaluate import baselines, evaluate, text_size
 from minigpt_cli.core.model import GPT
+from minigpt_cli.core.runtime import Runtime
 from minigpt_cli.core.tokenizer import from_json
 from runs import CPU
 
@@ -120,3 +123,16 @@ def test_bigram_probabilities_sum_to_one() -> None:
     train = tokens(500)
     total = sum(math.exp(-baselines(train, np.array([3, b], np.uint16), V)["bigram"]) for b in range(V))
     assert total == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("gigabytes", "rows"), [(None, 1), (4, 1), (16, 1), (24, 2), (80, 9), (1000, 16)])
+def test_a_gpu_evaluates_as_many_windows_at_once_as_its_memory_allows(gigabytes: int | None, rows: int) -> None:
+    """GPT-2's vocabulary and context: 51 million logits a window, 10 bytes each; at most 16,384 tokens."""
+    runtime = replace(CPU)
+    memory = property(lambda self: gigabytes and gigabytes * 10**9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runtime, "memory_bytes", memory)
+        at_once = evaluate_module._logits_at_once(runtime)
+    windows = evaluate_module._windows(np.zeros(20 * 1024 + 1, np.uint16), 1024, 50257, at_once)
+    assert len(windows[0][0]) == rows
+    assert sum(len(x) for x, _ in windows) == 20
