@@ -30,7 +30,7 @@ class Display(Listener):
         self._first: tuple[int, float] | None = None  # the first step that was done, and when
         self._last = (start, self._began)
         self._latest: dict[str, float] = {}
-        self._printed_at, self._told_hours = 0.0, start > 0
+        self._printed_at, self._told_hours = float("-inf"), start > 0
         self._live: Any = None
         self._ticker: Ticker | None = None
         console = stderr()

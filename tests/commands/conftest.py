@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from minigpt_cli.commands import console, main
+from minigpt_cli.commands import console, display, main
 
 REPOSITORY = Path(__file__).parents[2]
 WORDS = "the king and queen of winter come to speak no more,\n my lord; what say you?\n"
@@ -36,6 +36,12 @@ TINY = sets(
     train__eval_interval=10, runtime__device="cpu", runtime__precision="fp32",
 )  # fmt: skip
 FOREVER = 10**9  # steps: until a signal comes
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process nothing is said of work that takes long because the machine is busy."""
+    monkeypatch.setattr(display, "PATIENCE", 1e6)
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,10 @@ QUICK = ["--steps", "3", "--tokens", "40"]
 def test_json_has_the_promised_numbers_without_any_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     done = run("bench", "--config", "gpt", *TINY, *QUICK, "--json")
-    assert (done.code, done.err) == (0, "compile: off, it makes training on cpu no faster\n")
+    assert done.code == 0
+    first, *others = done.err.splitlines()
+    assert first == "compile: off, it makes training on cpu no faster"
+    assert {line.partition(" ")[0] for line in others} <= {"timing"}  # on a busy machine
     result = json.loads(done.out)
     assert 100 < result["train_tokens_per_second"] < 1e8
     assert 10 < result["decode_tokens_per_second"] < 1e7

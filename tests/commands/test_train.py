@@ -407,8 +407,6 @@ def test_ctrl_c_saves_and_gives_the_command_that_goes_on(here: Path) -> None:
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=60)
     assert (child.returncode, out) == (130, "")
-    assert "warning: this will take about" in err  # FOREVER is long
-    assert "--config cpu takes minutes" in err
     step = checkpoint.load(here / "long run/last.safetensors").header.step
     *_, said, line = err.splitlines()
     assert said == f"stopped at step {step:,}, all saved; go on with:"

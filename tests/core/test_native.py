@@ -22,14 +22,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import minigpt_cli
-from minigpt_cli.core import compiler, native
+from minigpt_cli.core import compiler, native, processor
 from minigpt_cli.core.config import ModelConfig, RuntimeConfig
 from minigpt_cli.core.errors import MinigptError
-from minigpt_cli.core.generate import Sampling, for_decoding, generate, step_at, thread_numbers
+from minigpt_cli.core.generate import Sampling, cache_dtype, for_decoding, generate, step_at, thread_numbers
 from minigpt_cli.core.layers import ACTIVATIONS, KVCache
 from minigpt_cli.core.model import GPT
-from minigpt_cli.core.native import MOST_STREAMS, NativeStep
-from minigpt_cli.core.runtime import Runtime, choose_decoding_runtime
+from minigpt_cli.core.native import MOST_STREAMS, MOST_STREAMS_OF_COPIES, NativeStep
+from minigpt_cli.core.runtime import DTYPES, Runtime, choose_decoding_runtime
 from oracle.generate import keep_half_and_recompute
 from oracle.weights import naive_twin
 from runs import MODEL_CHOICES, cpu_threads, varied_model
@@ -42,6 +42,7 @@ Tiny = Callable[..., ModelConfig]
 V = 11
 CPU = torch.device("cpu")
 NATIVE, NATIVE_BF16 = (Runtime(CPU, precision, compile=True) for precision in ("fp32", "bf16"))
+COPIES = Runtime(CPU, "fp32", compile=True, decode_precision="bf16")  # float32 prompts, bf16 single tokens
 
 
 make = partial(varied_model, vocab_size=V, by=0.15)
@@ -126,6 +127,53 @@ def test_in_bf16_only_keys_and_values_are_rounded(options: dict[str, object], ti
     ours, theirs = ((logits_of(half, ids, step).float() - expected).abs().max() for step in (NativeStep(half), None))
     assert ours < 0.02
     assert ours < theirs
+
+
+@pytest.mark.parametrize("options", [{}, {"position": "rope", "norm": "rmsnorm", "qk_norm": True}], ids=str)
+def test_copies_in_bf16_decode_as_a_model_in_bf16_and_prompts_stay_exact(
+    options: dict[str, object], tiny: Tiny
+) -> None:
+    """Token by token the very logits of a model whose weights are all bf16; the model's own weights are not touched."""
+    whole = make(tiny(n_embd=64, block_size=32, **options))
+    model, half = for_decoding(copy.deepcopy(whole), COPIES), for_decoding(copy.deepcopy(whole), NATIVE_BF16)
+    ids = torch.randint(V, (2, 32))
+    assert isinstance(model.native, NativeStep)
+    assert isinstance(half.native, NativeStep)
+    cache = KVCache(2, model.config, CPU, torch.bfloat16)
+    with torch.inference_mode():
+        found = torch.cat([model(ids_B1, cache) for ids_B1 in ids.split(1, dim=1)], dim=1)
+        assert torch.equal(found, logits_of(half, ids, half.native))
+        prompt = model(ids, KVCache(2, model.config, CPU, cache_dtype(model, 2)))
+        assert torch.equal(prompt, whole(ids, KVCache(2, model.config, CPU, torch.float32)))
+        cache.clear()
+        model(ids[:, :20], cache)
+        rest = torch.cat([model(ids[:, 20:26], cache), model(ids[:, 26:27], cache)], dim=1)  # behind a cached past
+    torch.testing.assert_close(rest, whole(ids)[:, 20:27], rtol=0.05, atol=0.02)
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name))
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_a_text_by_copies_goes_on_past_the_window_and_recomputes_it_exactly(position: str, tiny: Tiny) -> None:
+    whole = make(tiny(position=position, block_size=8))
+    model, prompt = for_decoding(copy.deepcopy(whole), COPIES), torch.randint(V, (1, 3))
+    for exact in (False, True):
+        found, expected = (
+            [logits for _, logits in generate(m, prompt, 20, Sampling(0.0), exact_window=exact)] for m in (model, whole)
+        )
+        torch.testing.assert_close(found[0], expected[0])  # the prompt
+        torch.testing.assert_close(torch.cat(found), torch.cat(expected), rtol=0.1, atol=0.05)
+    assert torch.equal(torch.cat(found[8:]), torch.cat(expected[8:]))  # the window as it is, in float32
+
+
+def test_as_many_streams_as_copies_are_the_quicker_way_for(tiny: Tiny) -> None:
+    model, prompt = for_decoding(make(tiny()), COPIES), torch.zeros(1, 2, dtype=torch.long)
+    seen: list[int] = []
+    model.head.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    for streams in (MOST_STREAMS_OF_COPIES, MOST_STREAMS_OF_COPIES + 1):
+        list(generate(model, prompt.expand(streams, -1), 3, Sampling()))
+    assert seen == [MOST_STREAMS_OF_COPIES] + [MOST_STREAMS_OF_COPIES + 1] * 3
+    assert [cache_dtype(model, streams) for streams in (1, seen[0], seen[1])] == [torch.bfloat16] * 2 + [torch.float32]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -391,11 +439,10 @@ def test_without_a_compiler_operators_decode_and_that_is_said(
 ) -> None:
     monkeypatch.setenv("CC", compiler_command)
     monkeypatch.setattr(compiler, "PATIENCE", 2)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     with pytest.raises(MinigptError, match=message):
         compiler.decode_library("bf16")
     runtime = choose_decoding_runtime(RuntimeConfig(device="cpu"), 10_000_000)
-    assert (runtime.precision, runtime.compile) == ("fp32", False)
+    assert (runtime.precision, runtime.decoding, runtime.compile) == ("fp32", "fp32", False)
     [note] = [note for note in runtime.notes if note.startswith("compile")]
     assert "\n" not in note
     assert note.startswith("compile: off, decoding is slower without (")
@@ -415,11 +462,26 @@ def test_it_compiles_without_a_warning_for_other_processors_too(
 ) -> None:
     if machine != "-march=native" and os.uname().machine != "x86_64":
         pytest.skip("another kind of processor")
-    strict = ["-Wall", "-Wextra", "-Werror", *compiler.FLAGS, *compiler.THREADS, *define, machine]
+    strict = ["-Wall", "-Wextra", "-Werror", *compiler.FLAGS, machine, *compiler.THREADS, *define]
     done = subprocess.run(
         ["cc", *strict, str(compiler.SOURCE), "-o", str(tmp_path / "x.so"), "-lm"], capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not processor.X86, reason="another kind of processor")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_with_narrowed_instructions_it_is_another_library_with_the_same_logits(
+    precision: str, cache_folder: Path, monkeypatch: pytest.MonkeyPatch, tiny: Tiny
+) -> None:
+    """Down to SSE2, which every x86-64 has: sums are added in another order, and nothing else is different."""
+    model, ids = make(tiny(n_embd=64, block_size=32)).to(DTYPES[precision]), torch.randint(V, (2, 32))
+    expected = logits_of(model, ids, NativeStep(model))
+    for n, capability in enumerate(("avx2", "default"), 2):
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
+        compiler.decode_library.cache_clear()
+        torch.testing.assert_close(logits_of(model, ids, NativeStep(model)), expected, rtol=1e-2, atol=1e-2)
+        assert len(list(cache_folder.iterdir())) == n
 
 
 def test_two_processes_may_compile_at_the_same_time(tmp_path: Path) -> None:

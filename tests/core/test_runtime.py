@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from minigpt_cli.core import processor
 from minigpt_cli.core.config import ModelConfig, RuntimeConfig
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.measure import measure_decoding, measure_training, random_tokens
@@ -55,7 +59,8 @@ def test_half_precision_on_a_cpu_is_refused() -> None:
         choose(device="cpu", precision="fp16")
 
 
-def test_what_is_asked_for_is_taken_without_comment() -> None:
+def test_what_is_asked_for_is_taken_without_comment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "bf16_instructions", lambda: "AMX")
     runtime = choose(device="cpu", precision="bf16", compile=False)
     assert (runtime.precision, runtime.compile, runtime.notes) == ("bf16", False, ())
     with runtime.autocast():
@@ -67,23 +72,111 @@ COMPILES = sys.platform == "linux" and shutil.which("cc") is not None
 
 @NO_CUDA
 @pytest.mark.parametrize(
-    ("asked", "parameters", "has_bf16", "expected"),
+    ("instructions", "width", "rows", "expected"),
     [
-        ("auto", 10_788_929, True, "bf16"), ("auto", 10_788_929, False, "fp32"), ("auto", 900_000, True, "fp32"),
-        ("auto", 124_000_000, True, "bf16"), ("fp32", 10_788_929, True, "fp32"), ("bf16", 100, False, "bf16"),
+        (None, 4096, 16384, "fp32"), (None, 128, 2048, "fp32"),
+        ("AMX", 128, 2048, "bf16"), ("AMX", 384, 2048, "bf16"), ("AMX", 768, 256, "bf16"),  # cpu.yaml, gpt.yaml, gpt2
+        ("AMX", 32, 256, "fp32"), ("AMX", 384, 64, "fp32"),  # bigram.yaml
+        ("AVX-512 BF16", 384, 2048, "bf16"), ("AVX-512 BF16", 128, 2048, "fp32"), ("ARM BF16", 384, 2048, "bf16"),
     ],
 )  # fmt: skip
-def test_sampling_in_bf16_depends_on_the_machine_and_the_model_and_not_on_the_clock(
-    asked: str, parameters: int, has_bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+def test_training_takes_bf16_by_the_instructions_and_the_size(
+    instructions: str | None, width: int, rows: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
-    monkeypatch.setattr("minigpt_cli.core.runtime._bf16_speedup", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(processor, "bf16_instructions", lambda: instructions)
+    runtime = choose_runtime(RuntimeConfig(device="cpu"), width=width, rows=rows)
+    assert runtime.precision == expected
+    [note] = [note for note in runtime.notes if note.startswith("precision")]
+    assert note.startswith(f"precision: {expected}, ")
+    assert (instructions or "no instructions for bf16") in note
+
+
+@NO_CUDA
+def test_nothing_is_computed_to_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By this machine's own flags: no operator runs, so no choice can depend on a clock, or take seconds."""
+    called: list[Any] = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Watching():
+        chosen = {choose_runtime(RuntimeConfig(device="cpu"), width=768, rows=16384).precision for _ in range(3)}
+        choose_decoding_runtime(RuntimeConfig(device="cpu"), 124_000_000)
+    assert called == []
+    assert len(chosen) == 1
+
+
+@NO_CUDA
+def test_a_resumed_run_keeps_its_precision_where_the_machine_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resumed(before: str, instructions: str | None, asked: str = "auto") -> Runtime:
+        monkeypatch.setattr(processor, "bf16_instructions", lambda: instructions)
+        return choose_runtime(RuntimeConfig(device="cpu", precision=asked), width=384, rows=2048, before=before)
+
+    assert resumed("fp32", "AMX").precision == "fp32"
+    assert resumed("bf16", "AMX").precision == "bf16"
+    assert resumed("bf16", None).precision == "fp32"  # emulated: many times slower
+    assert resumed("fp16", None).precision == "fp32"  # from a GPU
+    asked = resumed("fp32", None, asked="bf16")
+    assert asked.precision == "bf16"
+    assert "precision: bf16 is emulated on this CPU, and many times slower than fp32" in asked.notes
+
+
+@pytest.mark.parametrize(
+    ("environment", "left"),
+    [
+        ({}, {"AMX", "AVX-512 BF16"}), ({"ONEDNN_MAX_CPU_ISA": "ALL"}, {"AMX", "AVX-512 BF16"}),
+        ({"ATEN_CPU_CAPABILITY": "avx2"}, set()), ({"ATEN_CPU_CAPABILITY": "default"}, set()),
+        ({"ATEN_CPU_CAPABILITY": "avx512"}, {"AMX", "AVX-512 BF16"}),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, set()), ({"DNNL_MAX_CPU_ISA": "avx512_core"}, set()),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}, set()),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, {"AVX-512 BF16"}),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX10_1_512"}, {"AVX-512 BF16"}),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"}, {"AMX", "AVX-512 BF16"}),
+    ],
+)  # fmt: skip
+def test_the_variables_that_narrow_the_instructions_are_respected(environment: dict[str, str], left: set[str]) -> None:
+    assert processor.left_by(environment) == left
+
+
+@pytest.mark.skipif(not processor.X86, reason="another kind of processor")
+def test_narrowed_to_avx2_a_process_has_no_bf16() -> None:
+    """As docs/platforms.md says it: PyTorch, oneDNN and our own choices, in a process of its own."""
+    code = (
+        "import torch; from minigpt_cli.core import processor; print(torch.backends.cpu.get_cpu_capability(), "
+        "torch.ops.mkldnn._is_mkldnn_bf16_supported(), processor.bf16_instructions(), *processor.compiler_flags())"
+    )
+    narrow = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+    here = os.environ | {"PYTHONPATH": str(Path(processor.__file__).parents[2])} | narrow
+    done = subprocess.run([sys.executable, "-c", code], env=here, capture_output=True, text=True, check=True)
+    assert done.stdout == "AVX2 False None -march=x86-64-v3 -mtune=native\n"
+
+
+COMPILES = sys.platform == "linux" and shutil.which("cc") is not None
+
+
+@NO_CUDA
+@pytest.mark.parametrize("instructions", ["AMX", None])
+@pytest.mark.parametrize(
+    ("asked", "parameters", "expected"),
+    [
+        ("auto", 10_788_929, "bf16"), ("auto", 900_000, "fp32"), ("auto", 124_000_000, "bf16"),
+        ("fp32", 10_788_929, "fp32"), ("bf16", 100, "bf16"),
+    ],
+)  # fmt: skip
+def test_single_tokens_take_bf16_by_the_size_of_the_model_and_prompts_by_the_instructions(
+    asked: str, parameters: int, expected: str, instructions: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor, "bf16_instructions", lambda: instructions)
     runtime = choose_decoding_runtime(RuntimeConfig(device="cpu", precision=asked), parameters)
-    if asked == "auto" and not COMPILES:
+    if asked == "auto" and not (COMPILES and processor.X86):
         expected = "fp32"
-    assert (runtime.precision, runtime.compile) == (expected, COMPILES)
+    prompts = "fp32" if COMPILES and instructions is None else expected
+    assert (runtime.decoding, runtime.precision, runtime.compile) == (expected, prompts, COMPILES)
     said = [note for note in runtime.notes if note.startswith("precision: bf16")]
     assert len(said) == (asked == "auto" and expected == "bf16")
+    assert all(("prompts stay in fp32" in note) == (instructions is None) for note in said)
 
 
 def test_threads_are_as_many_as_were_fastest_and_the_others_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
