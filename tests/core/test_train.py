@@ -23,7 +23,7 @@ from minigpt_cli.core.optim import make_optimizer
 from minigpt_cli.core.run import RunFolder, check_resumable
 from minigpt_cli.core.runtime import Runtime
 from minigpt_cli.core.step import Statistics, train_step
-from runs import CPU, RunTraining, saved, small_config, write_dataset
+from runs import CPU, Recorder, RunTraining, run_in, saved, small_config, write_dataset
 
 
 def assert_same_tensors(a: RunFolder, b: RunFolder) -> None:
@@ -263,15 +263,16 @@ def test_the_first_evaluation_comes_with_a_checkpoint_to_resume_from(run_trainin
 
 
 def test_a_save_that_fails_is_noticed_during_the_evaluation(
-    run_training: RunTraining, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, verse: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not after it: it may take an hour."""
-    run_training("run", small_config(max_iters=3))
+    long = write_dataset(tmp_path / "long", verse * 20)
+    monkeypatch.setattr("minigpt_cli.core.evaluate.EVALUATED_AT_ONCE", 8)  # a thousand batches of one window
     obstacle = tmp_path / "run" / f"{TEMPORARY}last.safetensors.{os.getpid()}"
-    monkeypatch.setattr("minigpt_cli.core.evaluate.EVALUATED_AT_ONCE", 8)  # a window at a time: time for the thread
+    recorder = Recorder(events={5: obstacle.mkdir})
     with pytest.raises(IsADirectoryError):
-        run_training("run", small_config(), resume=True, events={5: obstacle.mkdir})
-    assert not any("val_loss" in r and r["step"] == 6 for r in read_metrics(tmp_path / "run" / "metrics.jsonl"))
+        run_in(tmp_path / "run", long, small_config(), CPU, recorder)
+    assert not recorder.losses("val_loss")
 
 
 def test_patience_ends_a_run_that_no_longer_improves(run_training: RunTraining) -> None:
