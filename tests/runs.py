@@ -165,8 +165,8 @@ def run_in(
         evaluated = start is not None and start.header.val_loss is not None
         listeners: list[Any] = [recorder]
         if runtime.world.leads:
-            at = start.header.step if start else None
-            listeners.append(JsonLines(folder.metrics, resume_at=at, evaluated=evaluated))
+            at, data_step = (start.header.step, start.header.progress.data_step) if start else (None, 0)
+            listeners.append(JsonLines(folder.metrics, resume_at=at, evaluated=evaluated, data_step=data_step))
         try:
             result = train(config, dataset, folder, runtime, listeners, resume=start, stop=recorder.stop)
         finally:

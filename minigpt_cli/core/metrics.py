@@ -41,13 +41,18 @@ class Listener:
 class JsonLines(Listener):
     """metrics.jsonl: one JSON object a line, flushed as it comes."""
 
-    def __init__(self, path: Path, *, resume_at: int | None = None, evaluated: bool = True) -> None:
+    def __init__(self, path: Path, *, resume_at: int | None = None, evaluated: bool = True, data_step: int = 0) -> None:
         """`resume_at`: keep the lines up to that step, so that a resumed run neither repeats nor skips any.
 
-        `evaluated` says whether that step's evaluation was done; if not, it will be made up for.
+        `evaluated` says whether that step's evaluation was done; if not, it will be made up for. `data_step`: where the
+        data changed before; an evaluation of older data stays.
         """
         if resume_at is not None:
-            kept = [record for record in read_metrics(path) if kept_when_resuming(record, resume_at, evaluated)]
+            kept = [
+                record
+                for record in read_metrics(path)
+                if kept_when_resuming(record, resume_at, evaluated or record.get("data_step", 0) != data_step)
+            ]
             with atomic_write(path) as file:
                 file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
         self._file = path.open("a" if resume_at is not None else "w", encoding="utf-8")

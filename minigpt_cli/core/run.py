@@ -145,8 +145,10 @@ def _step_of(path: Path) -> float:
 
 
 def remove(path: Path) -> None:
-    """A file, or a folder and all that is in it, if it is there."""
+    """A file, or a folder and all that is in it, if it is there. A checkpoint is there whole, or not by its name."""
     if path.is_dir():
+        if path.suffix == SHARDED and not path.name.startswith(TEMPORARY):
+            path = path.rename(path.with_name(f"{TEMPORARY}old-{path.name}"))
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -157,7 +157,8 @@ def run_session(
                 if saved is None:
                     folder.set_aside()
                 resume_at = saved.header.step if saved is not None else None
-                listeners = [JsonLines(folder.metrics, resume_at=resume_at, evaluated=evaluated)]
+                data_step = saved.header.progress.data_step if saved is not None else 0
+                listeners = [JsonLines(folder.metrics, resume_at=resume_at, evaluated=evaluated, data_step=data_step)]
                 with atomic_write(folder.config) as file:  # after metrics.jsonl, by which it is known as a run's
                     file.write(config.to_yaml().encode())
                 if world.launch is not None:

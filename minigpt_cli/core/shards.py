@@ -7,6 +7,7 @@ file, with the sha256 of every file. No pickle. A folder is written under anothe
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -69,7 +70,8 @@ def _write(
             dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
         except dcp.CheckpointException as error:  # on every rank alike; no Exception, so nobody else would catch it
             reason = next(iter(error.failures.values()))[0]
-            what = getattr(reason, "strerror", None) or reason
+            full = getattr(reason, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            what = "the disk is full" if full else getattr(reason, "strerror", None) or reason
             raise world.everyones(MinigptError(f"{folder}: not written: {what}")) from None
     ours = {file.name: _durable_sha256(file) for file in unfinished.glob(f"shard-{world.rank + 1:05d}-*")}
     sums = {name: sha for text in world.texts(json.dumps(ours)) for name, sha in json.loads(text).items()}

@@ -344,6 +344,8 @@ class Trainer:
         progress = self.progress
         seconds = round(self._seconds(), 3)
         record = {"step": progress.step, "tokens_seen": progress.tokens_seen, **values, "seconds": seconds}
+        if progress.data_step:
+            record["data_step"] = progress.data_step  # figures on other data than those before it
         self._tell(lambda listener: listener.log(record))
 
     def _note(self, message: str) -> None:

@@ -57,10 +57,9 @@ def verdict(result: Result, records: Sequence[Record], config: Config, n_tokens:
         decay = ["train.weight_decay=auto" + (" with model.dropout=0" if config.model.dropout >= 0.1 else "")]
     batch = _fitting_batch(config, n_tokens)
     settings = decay + ([f"train.batch_size={batch}"] if batch < config.train.batch_size else [])
-    later = [record for record in records if record["step"] >= begun]
-    losses = list({record["step"]: record["val_loss"] for record in later if "val_loss" in record}.values())
+    later = [record for record in records if record.get("data_step", 0) == begun]
+    losses = [record["val_loss"] for record in later if "val_loss" in record]
     training = [(record["step"], record["train_loss"]) for record in later if "train_loss" in record]
-    training = [(step, loss) for step, loss in training if step > begun]
     if progress.best_loss is None or not losses:
         return [f"Stopped after step {progress.step}, before the first evaluation."]
     lines = [

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from commands.conftest import TINY, call, environment, run, sets, tree
+from minigpt_cli import load
 
 CKPT = "checkpoints/best.safetensors"
 
@@ -181,3 +182,25 @@ def test_one_file_is_made_of_parts_and_of_a_file_with_more_in_it(here: Path) -> 
         assert all(torch.equal(made[name], tensor) for name, tensor in best.items())
     assert call("sample", "--ckpt", "a.safetensors", "--tokens", 5).code == 0
     assert call("export", "--ckpt", parts, "--to", "file", "a.safetensors").code == 2
+
+
+def test_a_tied_model_has_one_number_of_parameters(here: Path) -> None:
+    """Whoever prints it: the matrix that is embedding and head is one."""
+    tied = sets(model__tie_weights="true", model__bias_head="false", model__mlp="gelu", model__bias_qkv="true")
+    assert "total" in (plan := call("train", "--config", "gpt", *TINY, *tied, "--dry-run", "--out", "tied").out)
+    assert call("train", "--config", "gpt", *TINY, *tied, "--out", "tied").code == 0
+    done = call("export", "--ckpt", "tied/best.safetensors", "--to", "file", "one.safetensors")
+    assert done.code == 0, done.err
+    counts = {
+        json.loads(call("info", ckpt, "--json").out)["parameters"]["total"]
+        for ckpt in ("tied/last.safetensors", "one.safetensors")
+    }
+    (count,) = counts
+    stored = load_file("tied/best.safetensors")
+    assert count == sum(tensor.numel() for tensor in stored.values())
+    assert f"{count:,}" in plan
+    assert call("export", "--ckpt", "one.safetensors", "--to", "hf", "theirs").code == 0
+    done = call("import", "theirs", "--out", "back.safetensors")
+    assert f"{count:,} parameters" in done.out
+    assert load_file("back.safetensors").keys() == stored.keys()
+    assert f"{count:,} parameters" in repr(load("back.safetensors"))

@@ -10,7 +10,7 @@ import stat
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
+from torch import Tensor
 
+from minigpt_cli.core import shards
 from minigpt_cli.core.checkpoint import FORMAT_VERSION, load, read_header, require_storable, save
 from minigpt_cli.core.errors import CheckpointError, MinigptError, UserError
 from minigpt_cli.core.files import TEMPORARY
-from runs import RunTraining, small_config
+from runs import RunTraining, saved, small_config
 
 
 @pytest.fixture
@@ -64,6 +66,69 @@ def test_what_is_saved_is_what_is_loaded(last: Path) -> None:
             assert torch.equal(file.get_tensor(name), tensor)
     assert model(torch.zeros(1, 4, dtype=torch.long)).shape == (1, 4, checkpoint.tokenizer.vocab_size)
     assert set(load(last, weights_only=True).tensors) == set(weights)
+
+
+TIED = {"tie_weights": True, "max_iters": 6, "ema": 0.5}
+
+
+@pytest.mark.parametrize("form", ["file", "sharded"])
+def test_a_tied_matrix_is_stored_once(run_training: RunTraining, form: str) -> None:
+    folder, _, _ = run_training("run", small_config(**TIED, checkpoints=form))
+    for kind in ("last", "best"):
+        _, tensors = saved(folder, kind)
+        assert "model.token_embedding.weight" in tensors
+        assert not [name for name in tensors if "head.weight" in name]
+    path = folder.newest_of("best")
+    assert path is not None
+    found = load(path) if form == "file" else shards.gathered(path)
+    model = found.model()
+    assert model.head.weight is model.token_embedding.weight
+    assert found.tensors["model.head.weight"].data_ptr() == found.tensors["model.token_embedding.weight"].data_ptr()
+
+
+@pytest.mark.parametrize("form", ["file", "sharded"])
+def test_a_run_whose_checkpoints_hold_a_tied_matrix_twice_goes_on(
+    run_training: RunTraining, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """As they were written at first."""
+    whole, _, _ = run_training("whole", small_config(**TIED | {"max_iters": 9}, checkpoints=form))
+    with monkeypatch.context() as before:
+        for module in ("checkpoint", "shards", "state"):
+            before.setattr(f"minigpt_cli.core.{module}.stored_once", twice)
+        folder, _, _ = run_training("run", small_config(**TIED, checkpoints=form))
+    assert "model.head.weight" in saved(folder)[1]
+    path = folder.newest_of("best")
+    assert path is not None
+    weights = (load(path, weights_only=True) if form == "file" else shards.gathered(path)).tensors
+    assert torch.equal(weights["model.head.weight"], weights["model.token_embedding.weight"])
+    folder, _, _ = run_training("run", small_config(**TIED | {"max_iters": 9}, checkpoints=form), resume=True)
+    (_, expected), (_, tensors) = saved(whole), saved(folder)
+    assert expected.keys() == tensors.keys()
+    assert all(torch.equal(expected[name], tensor) for name, tensor in tensors.items())
+
+
+def twice(tensors: Mapping[str, Tensor], config: object) -> dict[str, Tensor]:
+    """A tied head has a tensor of its own in the file."""
+    return {name: tensor.clone() if name == "model.head.weight" else tensor for name, tensor in tensors.items()}
+
+
+def test_a_tied_matrix_that_is_stored_as_two_different_ones_is_damage(
+    run_training: RunTraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _, _ = run_training("run", small_config(**TIED))
+    found = load(folder.last)
+    found.tensors["model.head.weight"] = found.tensors["model.head.weight"] + 1
+    monkeypatch.setattr("minigpt_cli.core.checkpoint.stored_once", twice)
+    save(folder.last, found.tensors, found.header.model_dump(exclude={"versions", "checksums"}))
+    with pytest.raises(CheckpointError, match="its config ties head and embedding, but they differ"):
+        load(folder.last)
+
+
+def test_a_header_that_ties_what_the_file_has_not_is_refused(last: Path) -> None:
+    data = last.read_bytes()
+    last.write_bytes(with_document(data, lambda d: d["config"]["model"].update(tie_weights=True)))
+    with pytest.raises(CheckpointError, match="differ"):
+        load(last)
 
 
 def test_it_needs_nothing_beside_it(last: Path, tmp_path: Path) -> None:

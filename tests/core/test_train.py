@@ -20,14 +20,14 @@ from minigpt_cli.core.files import TEMPORARY
 from minigpt_cli.core.metrics import read_metrics
 from minigpt_cli.core.model import GPT
 from minigpt_cli.core.optim import make_optimizer
-from minigpt_cli.core.run import check_resumable
+from minigpt_cli.core.run import RunFolder, check_resumable
 from minigpt_cli.core.runtime import Runtime
 from minigpt_cli.core.step import Statistics, train_step
-from runs import CPU, RunTraining, small_config, write_dataset
+from runs import CPU, Recorder, RunTraining, run_in, saved, small_config, write_dataset
 
 
-def assert_same_tensors(a: Path, b: Path) -> None:
-    left, right = load_file(a), load_file(b)
+def assert_same_tensors(a: RunFolder, b: RunFolder) -> None:
+    left, right = saved(a)[1], saved(b)[1]
     assert left.keys() == right.keys()
     assert any(name.startswith("optimizer.") for name in left)
     for name in left:
@@ -62,6 +62,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "weight average": {"ema": 0.9},
     "weight average and accumulation": {"ema": 0.5, "optimizer": "muon", "micro_batch_size": 1, "tie_weights": True},
+    "samples": {"sample_interval": 5},
+    "in shards": {"checkpoints": "sharded", "eval_interval": 3},
+    "in shards, averaged and tied": {"checkpoints": "sharded", "ema": 0.5, "tie_weights": True},
 }
 
 
@@ -71,16 +74,17 @@ def test_stopped_and_resumed_is_never_stopped(
     run_training: RunTraining, changes: dict[str, Any], stops: list[int]
 ) -> None:
     config = small_config(**changes)
-    whole, told, _ = run_training("whole", config)
+    whole, _, _ = run_training("whole", config)
     assert run_training("parts", config, stop_at=stops[0])[2].reason == "stopped"
     for stop in [*stops[1:], None]:
         parts, _, _ = run_training("parts", config, resume=True, stop_at=stop)
-    assert_same_tensors(whole.last, parts.last)
-    best, resumed_best = load_file(whole.best), load_file(parts.best)
+    assert_same_tensors(whole, parts)
+    (_, best), (_, resumed_best) = saved(whole, "best"), saved(parts, "best")
     assert all(torch.equal(best[name], tensor) for name, tensor in resumed_best.items())
-    assert without_time(read_metrics(parts.metrics)) == without_time(told.records)
-    ends = [load(folder.last).header.progress.model_dump(exclude={"seconds"}) for folder in (whole, parts)]
-    assert ends[0] == ends[1]
+    assert without_time(read_metrics(parts.metrics)) == without_time(read_metrics(whole.metrics))
+    headers = [saved(folder)[0] for folder in (whole, parts)]
+    assert headers[0].val_loss == headers[1].val_loss is not None
+    assert headers[0].progress.model_dump(exclude={"seconds"}) == headers[1].progress.model_dump(exclude={"seconds"})
 
 
 @pytest.mark.parametrize("end", [12, 10], ids=["at a log", "between two logs"])
@@ -88,7 +92,7 @@ def test_a_longer_run_goes_on_from_a_finished_one(run_training: RunTraining, end
     whole, told, _ = run_training("whole", small_config(max_iters=24))
     run_training("parts", small_config(max_iters=end))
     parts, told_later, _ = run_training("parts", small_config(max_iters=24), resume=True)
-    assert_same_tensors(whole.last, parts.last)
+    assert_same_tensors(whole, parts)
     later = [record for record in without_time(told.records) if record["step"] > end]
     assert without_time(told_later.records) == later
 
@@ -98,7 +102,7 @@ def test_fp16_loss_scaling_resumes_exactly(run_training: RunTraining) -> None:
     whole, told, _ = run_training("whole", small_config(), runtime=runtime)
     run_training("parts", small_config(), stop_at=5, runtime=runtime)
     parts, _, _ = run_training("parts", small_config(), resume=True, runtime=runtime)
-    assert_same_tensors(whole.last, parts.last)
+    assert_same_tensors(whole, parts)
     scaler = load(whole.last).header.progress.scaler
     assert scaler == load(parts.last).header.progress.scaler
     assert scaler["scale"] > 1
@@ -109,10 +113,10 @@ def test_an_overflow_that_the_scaler_skips_is_no_failure(run_training: RunTraini
     """A loss scale of 2^31 overflows half precision at once; scaling backs off until steps count again."""
     runtime = Runtime(torch.device("cpu"), "fp16", compile=False)
     folder, _, _ = run_training("run", small_config(max_iters=6), runtime=runtime)
-    saved = load(folder.last)
-    progress = saved.header.progress.model_copy(update={"scaler": {**saved.header.progress.scaler, "scale": 2.0**31}})
-    fields = saved.header.model_dump(exclude={"versions", "checksums"}) | {"progress": progress}
-    save(folder.last, saved.tensors, fields)
+    last = load(folder.last)
+    progress = last.header.progress.model_copy(update={"scaler": {**last.header.progress.scaler, "scale": 2.0**31}})
+    fields = last.header.model_dump(exclude={"versions", "checksums"}) | {"progress": progress}
+    save(folder.last, last.tensors, fields)
     _, told, result = run_training("run", small_config(max_iters=40), resume=True, runtime=runtime)
     assert result.reason == "finished"
     assert load(folder.last).header.progress.scaler["scale"] < 2.0**31
@@ -140,10 +144,10 @@ def test_last_knows_the_evaluation_that_ended_the_run(run_training: RunTraining)
 def test_an_evaluation_that_a_stop_put_off_is_made_up_for_once(run_training: RunTraining) -> None:
     run_training("run", small_config(), stop_at=6)  # step 6 is due for evaluation
     folder, _, _ = run_training("run", small_config(), resume=True, stop_at=7)
-    saved = load(folder.last)
-    undone = saved.header.model_dump(exclude={"versions", "checksums"}) | {"step": 6, "val_loss": None}
+    last = load(folder.last)
+    undone = last.header.model_dump(exclude={"versions", "checksums"}) | {"step": 6, "val_loss": None}
     undone["progress"] |= {"step": 6, "evaluated_at": 0}
-    save(folder.last, saved.tensors, undone)  # as if killed between the evaluation and the next save
+    save(folder.last, last.tensors, undone)  # as if killed between the evaluation and the next save
     folder, _, _ = run_training("run", small_config(), resume=True)
     assert [r["step"] for r in read_metrics(folder.metrics) if "val_loss" in r] == [6, 12]
 
@@ -165,13 +169,21 @@ def test_tokens_seen_are_counted_as_they_were_seen(run_training: RunTraining) ->
 
 @pytest.mark.parametrize(
     "changes",
-    [{"eval_interval": 1}, {"log_interval": 1}, {"sample_interval": 2}, {"checkpoint_interval": 1}, {"keep": 2}],
+    [
+        {"eval_interval": 1},
+        {"log_interval": 1},
+        {"sample_interval": 2},
+        {"checkpoint_interval": 1},
+        {"keep": 2},
+        {"checkpoint_minutes": 1e-9},
+        {"checkpoint_minutes": None},
+    ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_looking_does_not_change_what_is_learned(run_training: RunTraining, changes: dict[str, Any]) -> None:
     plain, _, _ = run_training("plain", small_config())
     looked, _, _ = run_training("looked", small_config(**changes))
-    assert_same_tensors(plain.last, looked.last)
+    assert_same_tensors(plain, looked)
 
 
 def test_accumulated_micro_batches_are_the_whole_batch(run_training: RunTraining) -> None:
@@ -226,7 +238,41 @@ def test_checkpoints_of_an_averaging_run_hold_the_average_and_are_judged_by_it(
 def test_snapshots_are_kept_and_no_more_than_asked(run_training: RunTraining) -> None:
     folder, _, _ = run_training("run", small_config(keep=2, checkpoint_interval=3))
     assert [path.name for path in folder.snapshots()] == ["step-00000009.safetensors", "step-00000012.safetensors"]
-    assert_same_tensors(folder.last, folder.snapshots()[-1])
+    snapshot = load_file(folder.snapshots()[-1])
+    assert all(torch.equal(snapshot[name], tensor) for name, tensor in load_file(folder.last).items())
+
+
+@pytest.mark.parametrize("checkpoints", ["file", "sharded"])
+def test_last_is_saved_by_time_too_and_best_only_by_evaluations(run_training: RunTraining, checkpoints: str) -> None:
+    rarely = {"checkpoint_interval": 100, "eval_interval": 100, "max_iters": 3, "keep": 9, "checkpoints": checkpoints}
+    for minutes, steps in ((1e-9, [1, 2, 3]), (None, [3]), (10.0, [3])):
+        folder, told, _ = run_training(f"every {minutes}", small_config(**rarely, checkpoint_minutes=minutes))
+        saves = [(name.split(".")[0].split("-")[0], step) for name, step in told.saves]
+        assert sorted({step for kind, step in saves if kind == "last"}) == steps
+        assert [step for kind, step in saves if kind == "best"] == [3]
+        assert len(folder.snapshots()) == (checkpoints == "file"), "snapshots are by steps, and of the end"
+
+
+def test_the_first_evaluation_comes_with_a_checkpoint_to_resume_from(run_training: RunTraining) -> None:
+    _, told, _ = run_training("run", small_config(eval_interval=3, checkpoint_interval=100, max_iters=6))
+    order = [("last", 3), ("best", 3), ("best", 6), ("last", 6)]
+    assert [(name, step) for name, step in told.saves if step == 3 or name.startswith("best")] == [
+        (f"{name}.safetensors", step) for name, step in order[:3]
+    ]
+    assert told.saves[-1] == ("last.safetensors", 6)
+
+
+def test_a_save_that_fails_is_noticed_during_the_evaluation(
+    tmp_path: Path, verse: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after it: it may take an hour."""
+    long = write_dataset(tmp_path / "long", verse * 20)
+    monkeypatch.setattr("minigpt_cli.core.evaluate.EVALUATED_AT_ONCE", 8)  # a thousand batches of one window
+    obstacle = tmp_path / "run" / f"{TEMPORARY}last.safetensors.{os.getpid()}"
+    recorder = Recorder(events={5: obstacle.mkdir})
+    with pytest.raises(IsADirectoryError):
+        run_in(tmp_path / "run", long, small_config(), CPU, recorder)
+    assert not recorder.losses("val_loss")
 
 
 def test_patience_ends_a_run_that_no_longer_improves(run_training: RunTraining) -> None:
@@ -255,9 +301,9 @@ def test_a_learning_rate_that_explodes_ends_the_run_and_keeps_the_checkpoint(run
 
 def test_a_poisoned_weight_is_named_and_never_saved(run_training: RunTraining) -> None:
     folder, _, _ = run_training("run", small_config(max_iters=6))
-    saved = load(folder.last)
-    saved.tensors["model.blocks.0.mlp.up.weight"][0, 0] = float("nan")
-    save(folder.last, saved.tensors, saved.header.model_dump(exclude={"versions", "checksums"}))
+    last = load(folder.last)
+    last.tensors["model.blocks.0.mlp.up.weight"][0, 0] = float("nan")
+    save(folder.last, last.tensors, last.header.model_dump(exclude={"versions", "checksums"}))
     before = folder.last.read_bytes()
     with pytest.raises(MinigptError, match="not finite at step 6"):
         run_training("run", small_config(), resume=True)

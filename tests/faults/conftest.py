@@ -35,6 +35,7 @@ TINY = [
 ]  # fmt: skip
 SAVED = re.compile(r"saved \S+/last\S+ at step (?P<step>[\d,]+)")
 FORMS = ("file", "sharded")  # of checkpoints
+SETTINGS = tuple(f"runtime.checkpoints={form}" for form in FORMS)
 
 
 def train_arguments(*settings: str, flags: tuple[str, ...] = ()) -> list[str]:
@@ -95,10 +96,10 @@ class Child:
 Launch = Callable[..., Child]
 
 
-@pytest.fixture(params=FORMS)
+@pytest.fixture(params=SETTINGS, ids=FORMS)
 def form(request: pytest.FixtureRequest) -> str:
     """The setting for each form of checkpoint."""
-    return f"runtime.checkpoints={request.param}"
+    return str(request.param)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -15,10 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from faults.conftest import Launch, train_arguments, verified_step
-from minigpt_cli.core.checkpoint import load, save
+from faults.conftest import SETTINGS, Launch, temporaries, train_arguments, verified_step
+from minigpt_cli.core import shards
+from minigpt_cli.core.checkpoint import save
+from minigpt_cli.core.run import RunFolder
+from minigpt_cli.core.world import ALONE
+from runs import saved
 
 MEGABYTES = 500
 MUTANTS = int(os.environ.get("MINIGPT_MUTANTS", "3000"))
@@ -80,6 +84,28 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+def test_where_the_only_last_is_damaged_best_goes_on_and_it_is_replaced(launch: Launch, place: Path) -> None:
+    """In the sharded form; the run comes to the step of the damaged one again."""
+    settings = (SETTINGS[1], "train.checkpoint_interval=2", "train.eval_interval=4")
+    assert launch(train_arguments(*settings, "train.max_iters=4")).wait() == 0
+    (best,) = (place / "run").glob("best-*")
+    shutil.copytree(best, place / best.name)
+    assert launch(train_arguments(*settings, "train.max_iters=6", flags=("--resume",))).wait() == 0
+    for later in (place / "run").glob("best-*"):
+        shutil.rmtree(later)
+    shutil.copytree(place / best.name, best)
+    (part,) = (place / "run").glob("last-00000006.sharded/shard-*")
+    part.write_bytes(part.read_bytes()[:-10])
+    resumed = launch(train_arguments(*settings, "train.max_iters=6", flags=("--resume",)))
+    assert resumed.wait() == 0, resumed.stderr.read_text()
+    said = resumed.stderr.read_text()
+    assert "last-00000006.sharded: damaged" in said
+    assert "going on from best-00000004.sharded, step 4" in said
+    assert "no optimizer state" in said
+    assert verified_step(place / "run", at_least=6) == 6
+    assert temporaries(place / "run") == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
 def test_a_damaged_checkpoint_costs_one_line_and_little_memory(
@@ -99,22 +125,24 @@ def test_a_damaged_checkpoint_costs_one_line_and_little_memory(
     assert verified_step(place / "run", at_least=8) == 8
 
 
-def test_a_run_that_was_killed_ends_bit_for_bit_as_one_that_was_not(launch: Launch, place: Path) -> None:
+def test_a_run_that_was_killed_ends_bit_for_bit_as_one_that_was_not(launch: Launch, place: Path, form: str) -> None:
     """SIGKILL, SIGTERM and Ctrl-C in turn, with dropout and accumulation; the log has no gap and no double."""
     import signal
 
-    settings = ("train.max_iters=90", "model.dropout=0.1", "train.micro_batch_size=1", "train.checkpoint_interval=10")
+    settings = (form, "train.max_iters=90", "model.dropout=0.1", "train.micro_batch_size=1")
+    settings += ("train.checkpoint_interval=10", "train.eval_interval=10", "train.sample_interval=30")
     assert launch(train_arguments(*settings)).wait() == 0
     (place / "run").rename(place / "whole")
     flags: tuple[str, ...] = ()
     for step, number in ((20, signal.SIGKILL), (40, signal.SIGTERM), (60, signal.SIGKILL), (70, signal.SIGINT)):
         child = launch(train_arguments(*settings, flags=flags))
-        child.wait_for(rf"saved run/last\.safetensors at step ({step}|{step + 10}|90)\b")
+        child.wait_for(rf"saved run/last\S+ at step ({step}|{step + 10}|90)\b")
         child.send(number)
         child.wait()
         flags = ("--resume",)
     assert launch(train_arguments(*settings, flags=flags)).wait() == 0
-    whole, parts = load_file(place / "whole" / "last.safetensors"), load_file(place / "run" / "last.safetensors")
+    (header, whole), (resumed, parts) = (saved(RunFolder(place / name)) for name in ("whole", "run"))
+    assert resumed.val_loss == header.val_loss is not None
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     timing = ("seconds", "tokens_per_second", "peak_memory_bytes", "gpu_use")
@@ -129,22 +157,25 @@ def test_a_run_that_was_killed_ends_bit_for_bit_as_one_that_was_not(launch: Laun
 
 
 @pytest.mark.parametrize("poison", ["a learning rate of 1e30", "a weight that is not a number"])
-def test_a_run_that_diverges_ends_and_keeps_its_checkpoint(launch: Launch, place: Path, poison: str) -> None:
-    assert launch(train_arguments(*SHORT)).wait() == 0
-    last = place / "run" / "last.safetensors"
-    settings = ["train.max_iters=60"]
+def test_a_run_that_diverges_ends_and_keeps_its_checkpoint(launch: Launch, place: Path, poison: str, form: str) -> None:
+    assert launch(train_arguments(form, *SHORT)).wait() == 0
+    settings = [form, "train.max_iters=60"]
     if poison.startswith("a weight"):
-        saved = load(last)
-        saved.tensors["model.head.weight"][0, 0] = float("nan")
-        save(last, saved.tensors, saved.header.model_dump(exclude={"versions", "checksums"}))
+        header, tensors = saved(RunFolder(place / "run"))
+        tensors["model.head.weight"][0, 0] = float("nan")
+        fields = header.model_dump(exclude={"versions", "checksums"})
+        if form == SETTINGS[0]:
+            save(place / "run" / "last.safetensors", tensors, fields)
+        else:
+            shards.save(place / "run" / "last-00000006.sharded", tensors, fields, ALONE)
     else:
         settings.append("train.learning_rate=1e30")
-    before = last.read_bytes()
+    before = {path: path.read_bytes() for path in (place / "run").rglob("*") if "last" in str(path) and path.is_file()}
     child = launch(train_arguments(*settings, flags=("--resume",)))
     assert child.wait() == 1
     assert "not finite at step" in child.stderr.read_text()
     assert "Traceback" not in child.stderr.read_text()
-    assert last.read_bytes() == before
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_out_of_memory_names_the_micro_batch_that_halves_it(launch: Launch, place: Path) -> None:

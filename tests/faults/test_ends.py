@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from faults.conftest import FORMS, Launch, temporaries, train_arguments, verified_step
 from minigpt_cli.core.checkpoint import SHARDED
+from minigpt_cli.core.run import open_run
 
 RUN = {".lock", "config.yaml", "metrics.jsonl", "loss.png"}
 KILLED = {".lock", "config.yaml", "metrics.jsonl", ".owner.json"}
@@ -158,3 +163,52 @@ def test_overwritten_by_a_run_that_is_killed_after_its_first_evaluation(launch: 
     said = train(launch, form, *SHORT, flags=("--resume",))
     assert "at step 3" in said.split("resuming run/last")[1].splitlines()[0]
     assert set(files(place / "run")) == RUN | of(form, 6, 6)
+
+
+OPERATIONS = ("os.mkdir", "os.remove", "os.rename", "os.rmdir")  # os.replace and Path.unlink are among them
+
+
+def killed_at(number: int) -> Callable[[], None]:
+    """In the child: SIGKILL right before the `number`-th time that it makes, moves or removes something in the run."""
+
+    def install() -> None:
+        count = 0
+
+        def watch(event: str, arguments: tuple[object, ...]) -> None:
+            nonlocal count
+            if event in OPERATIONS and "run" in Path(os.fsdecode(str(arguments[0]))).parts:
+                count += 1
+                if count == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+
+    return install
+
+
+@pytest.mark.slow
+def test_overwriting_may_be_killed_between_any_two_operations(launch: Launch, place: Path, form: str) -> None:
+    """Either the old run is there, to the byte, or the new one with all that it announced."""
+    before = first_run(launch, place, form)
+    (place / "run").rename(place / "first")
+    new = (*SHORT, "train.max_iters=4", "train.checkpoint_interval=2", "train.eval_interval=2", "train.keep=1")
+    outcomes = {"old": 0, "new": 0}
+    for number in range(1, 200):
+        shutil.rmtree(place / "run", ignore_errors=True)
+        shutil.copytree(place / "first", place / "run")
+        child = launch(train_arguments(form, *new, flags=("--overwrite",)), before=killed_at(number))
+        if child.wait() == 0:
+            break
+        with open_run(place / "run") as folder:
+            there = {name: content for name, content in files(place / "run").items() if name != ".owner.json"}
+            if there == before:
+                assert child.announced() == -1
+                outcomes["old"] += 1
+                continue
+            outcomes["new"] += 1
+            assert folder.newest()[0].header.step >= max(child.announced(), 2)
+            assert verified_step(place / "run", at_least=child.announced()) <= 4
+            assert "logs/events" not in there
+            assert not [name for name in there if name.startswith((".old", ".returning"))]
+            assert temporaries(place / "run") == []
+    assert min(outcomes.values()) > 5, outcomes

@@ -12,30 +12,32 @@ from pathlib import Path
 
 import pytest
 
-from faults.conftest import Launch, temporaries, train_arguments, verified_step
-from minigpt_cli.core.checkpoint import load
+from faults.conftest import FORMS, SETTINGS, Launch, temporaries, train_arguments, verified_step
 from minigpt_cli.core.dataset import Dataset
 from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.metrics import read_metrics
+from runs import write_dataset
 
 KILLS = int(os.environ.get("MINIGPT_KILLS", "25"))  # 100 for a release
 
 
 @pytest.mark.slow
-def test_a_run_survives_being_killed_at_random_moments(launch: Launch, place: Path) -> None:
+@pytest.mark.parametrize(("form", "kills"), [(SETTINGS[0], KILLS), (SETTINGS[1], -(-KILLS // 3))], ids=FORMS)
+def test_a_run_survives_being_killed_at_random_moments(launch: Launch, place: Path, form: str, kills: int) -> None:
     moments = random.Random(1)
     step = -1
-    for number in range(KILLS):
-        child = launch(train_arguments("train.keep=2", flags=("--resume",) if step >= 0 else ()))
+    for number in range(kills):
+        child = launch(train_arguments(form, "train.keep=2", flags=("--resume",) if step >= 0 else ()))
         if number % 5:  # every fifth is killed while it starts
-            child.wait_for(r"saved run/last\.safetensors")
+            child.wait_for(r"saved run/last")
         time.sleep(moments.random() * 0.25)
         child.kill()
         before = step
         step = verified_step(place / "run", at_least=max(before, child.announced()))
-    assert step > KILLS // 2
-    child = launch(train_arguments(f"train.max_iters={step + 5}", flags=("--resume",)))
+    assert step > kills // 2
+    child = launch(train_arguments(form, f"train.max_iters={step + 5}", flags=("--resume",)))
     assert child.wait() == 0, child.stderr.read_text()
-    assert load(place / "run" / "last.safetensors").header.step == step + 5
+    assert verified_step(place / "run", at_least=step) == step + 5
     assert temporaries(place / "run") == []
 
 
@@ -63,20 +65,41 @@ def test_no_half_dataset_is_ever_accepted(launch: Launch, place: Path) -> None:
     assert 0 < whole < KILLS  # some were killed before they had made one
 
 
+@pytest.mark.parametrize("when", ["scheduled", "at the end"])
+def test_killed_in_a_long_evaluation_a_run_has_saved_the_steps_before_it(
+    launch: Launch, place: Path, form: str, when: str
+) -> None:
+    """Both intervals are 50, as both have one default; scoring the validation split takes far longer than 50 steps."""
+    shutil.rmtree(place / "data")
+    write_dataset(place / "data", (place / "input.txt").read_text() * 150)
+    at_50 = (form, "train.eval_interval=50", "train.checkpoint_interval=50", "train.log_interval=50")
+    if when == "at the end":
+        at_50 = (form, "train.max_iters=50", "train.eval_interval=99", "train.checkpoint_interval=99")
+    child = launch(train_arguments(*at_50))
+    child.wait_for(r"saved run/last\S+ at step 50\b")
+    child.kill()
+    assert verified_step(place / "run", at_least=50) == 50
+    records = read_metrics(place / "run" / "metrics.jsonl")
+    assert not any("val_loss" in record for record in records), "the evaluation was over: make it longer"
+    assert [record["step"] for record in records if "train_loss" in record][-1] == 50
+
+
 STOPS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 143, "SIGUSR1": 143, "SIGUSR2": 143}
+CASES = [*((name, SETTINGS[0]) for name in STOPS), ("SIGTERM", SETTINGS[1])]
 
 
-@pytest.mark.parametrize(("name", "code"), STOPS.items(), ids=STOPS.keys())
+@pytest.mark.parametrize(("name", "form"), CASES)
 def test_a_stop_signal_saves_at_the_next_step_and_says_how_to_go_on(
-    launch: Launch, place: Path, name: str, code: int
+    launch: Launch, place: Path, name: str, form: str
 ) -> None:
     moments = random.Random(name)
+    rarely = ("train.checkpoint_interval=1000000", "train.eval_interval=1000000")
     for flags in ((), ("--resume",), ("--resume",)):
-        child = launch(train_arguments("train.checkpoint_interval=1000000", "train.eval_interval=1000000", flags=flags))
+        child = launch(train_arguments(form, *rarely, flags=flags))
         child.wait_for(r"step \d")
         time.sleep(moments.random() * 0.2)
         child.send(signal.Signals[name])
-        assert child.wait() == code
+        assert child.wait() == STOPS[name]
         text = child.stderr.read_text()
         assert f"minigpt train {'--config gpt'}" in text
         assert "--resume" in text
@@ -85,9 +108,9 @@ def test_a_stop_signal_saves_at_the_next_step_and_says_how_to_go_on(
     assert temporaries(place / "run") == []
 
 
-def test_a_second_ctrl_c_leaves_at_once_with_the_last_checkpoint_intact(launch: Launch, place: Path) -> None:
-    child = launch(train_arguments("train.eval_interval=1000000"))
-    child.wait_for(r"saved run/last\.safetensors")
+def test_a_second_ctrl_c_leaves_at_once_with_the_last_checkpoint_intact(launch: Launch, place: Path, form: str) -> None:
+    child = launch(train_arguments(form, "train.eval_interval=1000000"))
+    child.wait_for(r"saved run/last")
     child.send(signal.SIGSTOP)  # so that both arrive before it can react to the first
     child.send(signal.SIGINT)
     child.send(signal.SIGCONT)
@@ -97,27 +120,28 @@ def test_a_second_ctrl_c_leaves_at_once_with_the_last_checkpoint_intact(launch: 
     verified_step(place / "run", at_least=child.announced())
 
 
-def test_under_nohup_a_closed_terminal_stops_nothing(launch: Launch, place: Path) -> None:
-    child = launch(train_arguments("train.max_iters=400"), before=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
-    child.wait_for(r"saved run/last\.safetensors")
+def test_under_nohup_a_closed_terminal_stops_nothing(launch: Launch, place: Path, form: str) -> None:
+    arguments = train_arguments(form, "train.max_iters=100")
+    child = launch(arguments, before=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    child.wait_for(r"saved run/last")
     child.send(signal.SIGHUP)
     assert child.wait() == 0
-    assert verified_step(place / "run", at_least=400) == 400
+    assert verified_step(place / "run", at_least=100) == 100
 
 
 @pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)], ids=["stdout", "stderr", "all three"])
-def test_closed_streams_stop_nothing(launch: Launch, place: Path, closed: tuple[int, ...]) -> None:
+def test_closed_streams_stop_nothing(launch: Launch, place: Path, closed: tuple[int, ...], form: str) -> None:
     def close() -> None:
         for number in closed:
             os.close(number)
             setattr(sys, ("stdin", "stdout", "stderr")[number], None)  # as Python does when it starts with one closed
 
-    child = launch(train_arguments("train.max_iters=20"), before=close)
+    child = launch(train_arguments(form, "train.max_iters=20"), before=close)
     assert child.wait() == 0
     assert verified_step(place / "run", at_least=-1) == 20
 
 
-def test_a_reader_that_goes_away_stops_nothing(launch: Launch, place: Path) -> None:
+def test_a_reader_that_goes_away_stops_nothing(launch: Launch, place: Path, form: str) -> None:
     """stderr into a pipe whose other end is closed meanwhile, as `2>&1 | head` does."""
 
     def broken_pipe() -> None:
@@ -126,6 +150,6 @@ def test_a_reader_that_goes_away_stops_nothing(launch: Launch, place: Path) -> N
         os.close(reading)
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - a stream that knows it is a pipe
 
-    child = launch(train_arguments("train.max_iters=20"), before=broken_pipe)
+    child = launch(train_arguments(form, "train.max_iters=20"), before=broken_pipe)
     child.wait()
     assert verified_step(place / "run", at_least=-1) == 20
