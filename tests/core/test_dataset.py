@@ -192,7 +192,7 @@ def test_the_next_step_is_read_while_this_one_is_at_work_and_the_thread_ends_wit
 
     thread = three_steps()
     gc.collect()
-    thread.join(timeout=10)
+    thread.join(timeout=PATIENCE)
     assert not thread.is_alive()
     assert read == [(0, True), (1, False), (2, False), (3, False)]
 

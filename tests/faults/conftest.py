@@ -21,6 +21,7 @@ import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401 - children share what is loaded before they are forked
 import pytest
 
+from clock import PATIENCE
 from minigpt_cli.core.checkpoint import load
 from minigpt_cli.core.files import TEMPORARY
 from runs import write_dataset
@@ -48,7 +49,7 @@ class Child:
     stderr: Path
     code: int | None = None
 
-    def wait_for(self, pattern: str, seconds: float = 60) -> None:
+    def wait_for(self, pattern: str, seconds: float = PATIENCE) -> None:
         """Until stderr matches. Fails if the child ends first, or takes too long."""
         end = time.monotonic() + seconds
         while not re.search(pattern, self.stderr.read_text()):
@@ -62,7 +63,7 @@ class Child:
             self.code = os.waitstatus_to_exitcode(status) if pid else None
         return self.code
 
-    def wait(self, seconds: float = 60) -> int:
+    def wait(self, seconds: float = PATIENCE) -> int:
         end = time.monotonic() + seconds
         while self.poll() is None:
             if time.monotonic() > end:

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from clock import PATIENCE
 from faults.conftest import TINY
 from minigpt_cli.core.checkpoint import load
 from runs import write_dataset
@@ -43,7 +44,7 @@ class Launched:
     def said(self) -> str:
         return self.log.read_text()
 
-    def wait_for(self, pattern: str, seconds: float = 60) -> None:
+    def wait_for(self, pattern: str, seconds: float = PATIENCE) -> None:
         end = time.monotonic() + seconds
         while not re.search(pattern, self.said()):
             assert self.process.poll() is None, self.said()
@@ -86,15 +87,13 @@ def start(place: Path) -> Iterator[Start]:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_dies_and_all_end_within_seconds(start: Start, place: Path, victim: int) -> None:
+def test_a_rank_dies_and_all_end_soon(start: Start, place: Path, victim: int) -> None:
     run = start("train.checkpoint_interval=5")
     run.wait_for(r"saved run/last.safetensors at step [\d,]{2,}")
     other = run.rank(1 - victim)
     run.rank(victim).kill()
-    killed = time.monotonic()
-    other.wait(timeout=20)
-    assert run.process.wait(timeout=20) != 0
-    assert time.monotonic() - killed < 20
+    other.wait(timeout=PATIENCE)  # a third of the time after which PyTorch gives up a rank that says nothing
+    assert run.process.wait(timeout=PATIENCE) != 0
     assert load(place / "run" / "last.safetensors").header.step >= 5
     assert "lost contact" in run.said()
 
@@ -110,7 +109,7 @@ def test_torchrun_goes_on_by_itself_where_a_rank_died(start: Start, place: Path)
     run.rank(1).kill()  # before the first checkpoint: the next attempt begins anew
     run.wait_for(r"(?s)parallel: ddp.*parallel: ddp.*saved run/last")
     run.rank(0).kill()
-    assert run.process.wait(timeout=120) == 0, run.said()
+    assert run.process.wait(timeout=PATIENCE) == 0, run.said()
     resumed = re.findall(r"resuming run/last.safetensors at step (\d+)", run.said())
     assert len(resumed) == 1
     assert int(resumed[0]) >= 20
@@ -121,7 +120,7 @@ def test_asked_to_stop_all_save_once_and_one_process_goes_on(start: Start, place
     run = start("train.checkpoint_interval=100000")
     run.wait_for("step [1-9]")
     run.process.send_signal(signal.SIGTERM)
-    assert run.process.wait(timeout=60) != 0
+    assert run.process.wait(timeout=PATIENCE) != 0
     said = run.said()
     for line in ("parallel: ddp", "stopped at step", "saved run/last.safetensors"):
         assert said.count(line) == 1, said
@@ -156,7 +155,7 @@ def test_a_rank_that_was_started_otherwise_is_refused(place: Path, differs: str)
                 text=True,
             )
         )
-    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    said = [rank.communicate(timeout=PATIENCE)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] != [0, 0]
     assert all(rank.returncode for rank in ranks)
     assert "error on rank 1" in said[1]
