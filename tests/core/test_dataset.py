@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clock import PATIENCE
 from minigpt_cli.core import dataset as dataset_module
 from minigpt_cli.core.dataset import Batches, Dataset, require_known_tokens, window_offsets, windows_per_epoch
 from minigpt_cli.core.errors import MinigptError, UserError

@@ -243,7 +243,9 @@ def test_a_padded_vocabulary_changes_no_logit_no_loss_and_no_gradient(tie: bool,
         lm_loss(x, ids[:, 1:]).backward()
     for name, p in padded.named_parameters():
         wanted = dict(plain.named_parameters())[name].grad
-        torch.testing.assert_close(p.grad[: len(wanted)], wanted, rtol=rounding, atol=rounding * float(wanted.abs().max()))
+        torch.testing.assert_close(
+            p.grad[: len(wanted)], wanted, rtol=rounding, atol=rounding * float(wanted.abs().max())
+        )
         assert p.grad[len(wanted) :].abs().sum() == 0, name
     for_decoding(padded, runtime)
     with torch.inference_mode():

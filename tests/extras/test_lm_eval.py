@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from clock import PATIENCE
 from inspected import made_checkpoint
 from minigpt_cli.core.config import Config, ModelConfig
 from minigpt_cli.core.evaluate import evaluate

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from clock import PATIENCE
+from clock import PATIENCE, wait_for
 from faults.conftest import TINY
 from minigpt_cli.core.checkpoint import load
 from runs import write_dataset
@@ -44,12 +43,9 @@ class Launched:
     def said(self) -> str:
         return self.log.read_text()
 
-    def wait_for(self, pattern: str, seconds: float = PATIENCE) -> None:
-        end = time.monotonic() + seconds
-        while not re.search(pattern, self.said()):
-            assert self.process.poll() is None, self.said()
-            assert time.monotonic() < end, self.said()
-            time.sleep(0.02)
+    def wait_for(self, pattern: str) -> None:
+        wait_for(lambda: re.search(pattern, self.said()) or self.process.poll() is not None, pattern)
+        assert re.search(pattern, self.said()), self.said()
 
     def rank(self, number: int) -> psutil.Process:
         for child in psutil.Process(self.process.pid).children():
