@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from clock import PATIENCE
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [
     "--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
@@ -63,7 +65,7 @@ class Browser:
                 assert "error" not in answer, (method, answer["error"])
                 return answer["result"]
 
-    def _receive(self, seconds: float = 60) -> dict[str, Any]:
+    def _receive(self, seconds: float = PATIENCE) -> dict[str, Any]:
         deadline = time.monotonic() + seconds
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._in], [], [], max(0, deadline - time.monotonic()))
@@ -87,7 +89,7 @@ class Browser:
         self.send("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         self.wait("document.documentElement?.classList.contains('ready')")
 
-    def wait(self, condition: str, seconds: float = 20) -> None:
+    def wait(self, condition: str, seconds: float = PATIENCE) -> None:
         deadline = time.monotonic() + seconds
         while not self.js(f"!!({condition})"):
             assert time.monotonic() < deadline, f"waited for {condition}: {self.complaints()}"

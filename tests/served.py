@@ -6,7 +6,6 @@ import http.client
 import json
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from commands.conftest import command, environment
 
+from clock import PATIENCE, wait_for
 from inspected import made_checkpoint
 from minigpt_cli.core.checkpoint import Checkpoint
 from minigpt_cli.core.config import ModelConfig
@@ -75,7 +75,7 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def connection(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
 
     def fetch(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
         """A request with the key and, where the body is no bytes, as JSON."""
@@ -104,10 +104,7 @@ class Server:
 
     def until(self, **state: int) -> None:
         """Wait until /health says so."""
-        deadline = time.monotonic() + 20
-        while not state.items() <= (health := self.fetch("GET", "/health").json).items():
-            assert time.monotonic() < deadline, health
-            time.sleep(0.02)
+        wait_for(lambda: state.items() <= self.fetch("GET", "/health").json.items(), f"/health to say {state}")
 
 
 @contextmanager
@@ -118,11 +115,9 @@ def started(ckpt: Path, *arguments: object, errors: Path, **changes: str) -> Ite
             command("serve", "--ckpt", ckpt, "--port", 0, *arguments), env=environment(**changes), stderr=file
         )
     try:
-        deadline = time.monotonic() + 60
-        while "serving on http://" not in (said := errors.read_text()):
-            assert process.poll() is None, said
-            assert time.monotonic() < deadline, said
-            time.sleep(0.02)
+        wait_for(lambda: "serving on http://" in errors.read_text() or process.poll() is not None, "the server")
+        said = errors.read_text()
+        assert process.poll() is None, said
         port = int(said.split("serving on http://")[1].split()[0].rpartition(":")[2])
         yield Server(port, changes.get("MINIGPT_API_KEY"), process, errors)
     finally:

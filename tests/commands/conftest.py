@@ -9,8 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
+from clock import PATIENCE
+from clock import wait_for as wait_for
 from minigpt_cli.commands import console, display, main
 
 REPOSITORY = Path(__file__).parents[2]
@@ -86,7 +87,7 @@ def command(*arguments: object) -> list[str]:
 def run(*arguments: object, stdin: bytes = b"", **changes: str) -> Done:
     """The real command, in a process of its own, in the current folder; `changes` are to its environment."""
     done = subprocess.run(
-        command(*arguments), env=environment(**changes), input=stdin, capture_output=True, timeout=120
+        command(*arguments), env=environment(**changes), input=stdin, capture_output=True, timeout=PATIENCE
     )
     return Done(done.returncode, done.stdout.decode(), done.stderr.decode())
 
@@ -130,14 +131,7 @@ def on_a_terminal(*arguments: object, **changes: str) -> tuple[int, str]:
             break
         shown += piece
     os.close(leader)
-    return child.wait(timeout=60), shown.decode()
-
-
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.02)
+    return child.wait(timeout=PATIENCE), shown.decode()
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:

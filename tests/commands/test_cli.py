@@ -10,11 +10,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from clock import PATIENCE, cpu_seconds_of
 from commands.conftest import TINY, call, command, environment, on_a_terminal, run
 from minigpt_cli import __version__
 from minigpt_cli.commands import console, options
@@ -36,13 +36,7 @@ def test_help_is_instant_and_imports_nothing_heavy(name: str) -> None:
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in traced.stderr.splitlines()}
     assert "minigpt_cli" in imported
     assert not imported & HEAVY
-    assert any(seconds_of(*arguments) < 0.25 for _ in range(20))  # the best: a busy machine is not our fault
-
-
-def seconds_of(*arguments: str) -> float:
-    begin = time.perf_counter()
-    run(*arguments)
-    return time.perf_counter() - begin
+    assert cpu_seconds_of(command(*arguments), environment()) < 0.5  # twice what it takes
 
 
 def test_help_names_every_command_and_the_first_steps() -> None:
@@ -155,7 +149,7 @@ def test_a_real_bash_completes_the_line(tmp_path: Path) -> None:
         with contextlib.suppress(OSError):
             while piece := os.read(leader, 4096):
                 shown += piece
-        shell.wait(timeout=60)
+        shell.wait(timeout=PATIENCE)
     os.close(leader)
     answer = shown.replace(b"\r", b"").decode()
     assert "\nminigpt train --config modern --set model.norm=rmsnorm --set train.max_minutes=null --dry-run" in answer

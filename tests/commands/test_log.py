@@ -11,7 +11,6 @@ import signal
 import struct
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -246,7 +245,7 @@ class Watched:
             self.tell()
             return condition()
 
-        wait_for(told, what, 30)
+        wait_for(told, what)
 
     def close(self) -> None:
         self.metrics.close()
@@ -300,9 +299,7 @@ def test_a_logger_that_is_killed_is_told_once(watch: Callable[[str], Watched], v
     (run.process if victim == "the logger" else run.process.children()[0]).kill()
     run.tell_until(lambda: run.notes, "a note")
     run.tell()
-    began = time.monotonic()
-    run.close()
-    assert time.monotonic() - began < 1
+    run.close()  # without waiting for it, of which there would be another note
     (note,) = run.notes
     assert note.startswith("--log wandb: its process was killed; " if victim == "the logger" else "--log wandb: Conn")
 
@@ -313,13 +310,12 @@ def test_a_logger_that_hangs_is_left_behind(watch: Callable[[str], Watched], mon
     stopped = run.process
     assert os.getpgid(stopped.pid) != os.getpgid(0)  # a Ctrl-C in the terminal is not for it
     stopped.send_signal(signal.SIGSTOP)
-    began = time.monotonic()
-    for _ in range(2000):  # a pipe would be full long ago
+    for _ in range(2000):  # a pipe would be full long ago, and this would never end
         run.tell()
-    assert time.monotonic() - began < 2
     run.close()
     assert run.notes[-1] == "--log tensorboard: not finished after 2 seconds; the run goes on without it"
-    assert not stopped.is_running()
+    assert run.logger._process is not None
+    wait_for(lambda: run.logger._process.poll() is not None, "its end")
 
 
 def test_following_joins_lines_that_come_in_pieces_and_leaves_out_one_cut_short(

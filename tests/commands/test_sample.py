@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from clock import PATIENCE
 from commands.conftest import TINY, Done, call, command, environment, on_a_terminal, run, sets
 from minigpt_cli.core import checkpoint
 
@@ -242,7 +243,7 @@ def test_characters_of_many_bytes_are_written_whole(polyglot: Path, kind: str) -
     text = ""
     while piece := os.read(child.stdout.fileno(), 1 << 16):
         text += piece.decode()  # raises at half a character
-    assert child.wait(timeout=60) == 0
+    assert child.wait(timeout=PATIENCE) == 0
     assert all(c in text for c in "東京😀ü")
     assert "\ufffd" not in text
 
@@ -311,7 +312,7 @@ def test_colour_only_on_a_terminal(here: Path) -> None:
 def test_a_closed_pipe_ends_it_quietly(here: Path) -> None:
     words = " ".join(command("sample", "--ckpt", BEST, "--tokens", "1000000"))
     script = f"({words}; echo exit $? >&2) | head -n 1"
-    done = subprocess.run(["sh", "-c", script], env=environment(), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["sh", "-c", script], env=environment(), capture_output=True, text=True, timeout=PATIENCE)
     assert done.stderr == "exit 0\n"
     assert len(done.stdout.splitlines()) == 1
 
@@ -324,7 +325,7 @@ def test_ctrl_c_ends_it_quietly(here: Path) -> None:
     assert child.stdout is not None
     assert child.stdout.read(50)
     child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=30)
+    _, err = child.communicate(timeout=PATIENCE)
     assert (child.returncode, err) == (130, b"")
 
 

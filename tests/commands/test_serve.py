@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import signal
 import socket
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from clock import PATIENCE
 from commands.conftest import call
 from served import started
 
@@ -66,16 +67,18 @@ def test_told_to_stop_it_finishes_what_runs_and_then_ends(
     host = ["--host", "0.0.0.0", "--slots", 2] if number == signal.SIGTERM else []
     with started(finished / BEST, *host, errors=tmp_path / "stderr") as server:
         assert server.process is not None
-        replies: list[Any] = []
-        asking = threading.Thread(target=lambda: replies.append(server.complete(prompt="the", max_tokens=2000)))
-        asking.start()
-        server.until(running=1)
+        # Short enough for the five seconds that it has to finish, on a slow machine too.
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        connection = server.begin(prompt="the", max_tokens=500, **options)
+        response = connection.getresponse()
+        assert response.readline().startswith(b"data: {")
         server.process.send_signal(number)
-        asking.join()
-        assert server.process.wait(timeout=20) == code
+        *_, usage, end = response.read().strip().split(b"\n\n")
+        connection.close()
+        assert server.process.wait(timeout=PATIENCE) == code
         said = (tmp_path / "stderr").read_text().splitlines()
-    assert replies[0].status == 200
-    assert replies[0].json["usage"]["completion_tokens"] == 2000
+    assert end == b"data: [DONE]"
+    assert json.loads(usage.removeprefix(b"data: "))["usage"]["completion_tokens"] == 500
     assert said[-1] == "stopped"
     assert ("lets other machines in" in said[0]) == bool(host)
     assert f"; {2 if host else 32} texts at a time" in said[-3]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from clock import PATIENCE, compute
 from commands.conftest import FOREVER, TINY, Done, call, command, environment, run, sets, tree, wait_for
 from minigpt_cli.core import checkpoint
 from minigpt_cli.core.checkpoint import Progress
@@ -365,15 +366,13 @@ def test_a_text_shorter_than_the_context_gives_the_numbers(here: Path) -> None:
 
 
 def test_the_time_budget_ends_a_run_with_everything_saved(here: Path) -> None:
-    begin = time.monotonic()
     limits = sets(train__max_iters=FOREVER, train__max_minutes=0.01, train__eval_interval=100)
     done = train("--out", "brief", *limits)
     assert done.code == 0
-    assert time.monotonic() - begin < 20
     assert "Stopped by the time budget (train.max_minutes)" in done.out
     last = checkpoint.load(here / "brief/last.safetensors").header
     assert last.step > 0
-    assert 0.6 <= last.progress.seconds < 5
+    assert last.progress.seconds >= 0.6
 
 
 def test_patience_ends_a_run_that_no_longer_improves(here: Path) -> None:
@@ -405,7 +404,7 @@ def test_ctrl_c_saves_and_gives_the_command_that_goes_on(here: Path) -> None:
     best = here / "long run/best.safetensors"
     wait_for(best.exists, "the first evaluation")
     child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=60)
+    out, err = child.communicate(timeout=PATIENCE)
     assert (child.returncode, out) == (130, "")
     step = checkpoint.load(here / "long run/last.safetensors").header.step
     *_, said, line = err.splitlines()
@@ -416,23 +415,29 @@ def test_ctrl_c_saves_and_gives_the_command_that_goes_on(here: Path) -> None:
     again = started(*words[2:])
     wait_for(lambda: checkpoint.read_header(best).step > step, "the run to go on")
     again.send_signal(signal.SIGTERM)
-    out, err = again.communicate(timeout=60)
+    out, err = again.communicate(timeout=PATIENCE)
     assert (again.returncode, out) == (143, "")
     assert f"resuming long run/last.safetensors at step {step:,}\n" in err
     assert checkpoint.load(here / "long run/last.safetensors").header.step > step
 
 
+def notes_signals(pid: int) -> bool:
+    """Whether a process has said what happens at SIGTERM, which ends it otherwise."""
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    assert caught is not None
+    return bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
 def test_a_second_ctrl_c_leaves_at_once_and_harms_nothing(here: Path) -> None:
     kept = checkpoint.load(here / "checkpoints/last.safetensors").header
-    steps = sets(train__max_iters=FOREVER, train__batch_size=3_000, train__micro_batch_size=1)  # some seconds each
-    child = started("--resume", *steps, *sets(train__log_interval=1))
-    wait_for(lambda: '"step": 21,' in (here / "checkpoints/metrics.jsonl").read_text(), "the first step")
-    time.sleep(0.1)  # the next one has begun: the first Ctrl-C waits for its end
+    child = started("--resume", *sets(train__max_iters=FOREVER, train__batch_size=10**6, train__micro_batch_size=1))
+    wait_for(lambda: notes_signals(child.pid), "the run to begin")
+    compute(child.pid, 0.5)  # the step has begun, which takes an hour: the first Ctrl-C waits for its end
     child.send_signal(signal.SIGINT)
-    time.sleep(0.3)
+    compute(child.pid, 0.5)  # and it has noted that
     assert child.poll() is None
     child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=30)
+    _, err = child.communicate(timeout=PATIENCE)
     assert child.returncode == 130
     assert "stopped at step" not in err
     assert checkpoint.load(here / "checkpoints/last.safetensors").header == kept
@@ -449,7 +454,7 @@ def test_two_runs_in_one_folder_are_refused(here: Path) -> None:
         assert "is training here" in done.error
     finally:
         child.send_signal(signal.SIGTERM)
-        child.communicate(timeout=60)
+        child.communicate(timeout=PATIENCE)
     assert child.returncode == 143
 
 

@@ -184,9 +184,9 @@ def test_accumulation_is_how_often_a_micro_batch_fits(micro: int | None, passes:
 
 
 def test_a_batch_beyond_reason_is_refused_at_once() -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     refusal("train: {batch_size: 1000000000000001, micro_batch_size: 2}")
-    assert time.perf_counter() - began < 0.5
+    assert time.process_time() - began < 0.5
 
 
 def test_a_floor_above_the_rate_is_refused_with_both() -> None:
@@ -260,9 +260,9 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 
 def test_an_alias_bomb_is_refused_before_it_goes_off() -> None:
     tracemalloc.start()
-    began = time.perf_counter()
+    began = time.process_time()
     assert "alias" in refusal(BOMB)
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
     assert tracemalloc.get_traced_memory()[1] < 10 << 20
     tracemalloc.stop()
 
@@ -340,9 +340,9 @@ def test_a_byte_order_mark_is_no_part_of_a_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize("start", ["# ", "#"])  # the limit cuts a character in half, or does not
 def test_a_file_of_two_megabytes_is_refused_unparsed(start: str, tmp_path: Path) -> None:
     (tmp_path / "big.yaml").write_text(start + "é" * 1_000_000, encoding="utf-8")
-    began = time.perf_counter()
+    began = time.process_time()
     assert "larger than" in file_refusal(tmp_path / "big.yaml")
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize("name", ["nothing.yaml", "folder", "x" * 300, ""])

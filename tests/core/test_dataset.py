@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clock import PATIENCE
 from minigpt_cli.core import dataset as dataset_module
 from minigpt_cli.core.dataset import Batches, Dataset, require_known_tokens, window_offsets, windows_per_epoch
 from minigpt_cli.core.errors import MinigptError, UserError
@@ -192,7 +193,7 @@ def test_the_next_step_is_read_while_this_one_is_at_work_and_the_thread_ends_wit
 
     thread = three_steps()
     gc.collect()
-    thread.join(timeout=10)
+    thread.join(timeout=PATIENCE)
     assert not thread.is_alive()
     assert read == [(0, True), (1, False), (2, False), (3, False)]
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from clock import PATIENCE
 from minigpt_cli.core import shards
 from minigpt_cli.core.checkpoint import load
 from minigpt_cli.core.config import Config
@@ -66,7 +67,7 @@ def launch(place: Path, ranks: int, jobs: list[dict[str, Any]]) -> None:
         str(TESTS / "ranks.py"), str(file), str(place / "data"),
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -47,7 +47,8 @@ def test_the_first_step_has_the_logits_of_the_source(position: str, before: int,
     ids = torch.randint(11, (3, 5))
     with torch.no_grad():
         expected, found = (checkpoint.model().eval()(ids) for checkpoint in (source, start))
-    assert torch.equal(found, expected)
+    # A head of other rows is another product, which some processors sum in another order: rounding, no more.
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert start.model().head.weight.shape[0] == -(-11 // after) * after
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from clock import PATIENCE
 from inspected import made_checkpoint
 from minigpt_cli.core.config import Config, ModelConfig
 from minigpt_cli.core.evaluate import evaluate
@@ -43,7 +44,7 @@ def test_the_harness_and_eval_agree_on_the_same_windows(tmp_path: Path, verse: s
     done = subprocess.run(
         [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained=out,prefix_token_id={first}",
          "--tasks", "minigpt_text", "--include_path", "tasks", "--device", "cpu", "--output_path", "found.json"],
-        cwd=tmp_path, env=os.environ | offline, capture_output=True, text=True, timeout=300, check=False,
+        cwd=tmp_path, env=os.environ | offline, capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(next(tmp_path.glob("found*.json")).read_text())["results"]["minigpt_text"]

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -14,6 +15,7 @@ import pytest
 import torch
 from commands.conftest import call
 
+from clock import PATIENCE, wait_for
 from minigpt_cli.core.checkpoint import Checkpoint
 from minigpt_cli.extras.serve import server as serving
 from served import KEY, SCRIPT, Server, in_this_process
@@ -244,9 +246,7 @@ def test_other_paths_and_methods_are_errors_of_the_same_form(
 def test_nothing_in_a_request_drives_the_terminal_that_shows_the_log(server: Server) -> None:
     assert server.errors is not None
     server.fetch("GET", "/%0Aforged%20line%1b[31m")
-    deadline = time.monotonic() + 10
-    while "forged" not in server.errors.read_text() and time.monotonic() < deadline:
-        time.sleep(0.01)  # the line is written after the answer
+    wait_for(lambda: "forged" in server.errors.read_text(), "the line, which is written after the answer")
     (line,) = (line for line in server.errors.read_text().splitlines() if "forged" in line)
     assert line.startswith("127.0.0.1 GET /%0Aforged%20line%1b[31m 404 ")
 
@@ -303,14 +303,14 @@ def test_the_slot_of_a_client_that_goes_away_is_free(server: Server, stream: boo
 
 
 def test_a_request_that_takes_too_long_ends_with_an_error(scripted: Checkpoint) -> None:
-    with in_this_process(scripted, seconds=0.3) as (server, engine, _):
+    with in_this_process(scripted, seconds=1) as (server, engine, _):
         reply = server.complete(prompt="a", max_tokens=10**6)
         assert reply.status == 408
         assert reply.headers["x-should-retry"] == "false"
-        assert "not done in 0.3 s" in reply.error["message"]
+        assert "not done in 1 s" in reply.error["message"]
         events = server.complete(prompt="a", max_tokens=10**6, stream=True).body.split(b"\n\n")
         assert json.loads(events[0][6:])["choices"]
-        assert "not done in 0.3 s" in json.loads(events[-2][6:])["error"]["message"]
+        assert "not done in 1 s" in json.loads(events[-2][6:])["error"]["message"]
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0)
         with pytest.raises(openai.APIError, match="not done in"):
             list(complete(client, "a", max_tokens=10**6, stream=True))
@@ -322,7 +322,7 @@ def test_a_body_that_never_comes_is_not_waited_for(scripted: Checkpoint, monkeyp
     monkeypatch.setattr("minigpt_cli.extras.serve.request.BODY_SECONDS", 0.1)
     lines = ("POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json", "Content-Length: 9")
     with in_this_process(scripted) as (server, _, _), socket.create_connection(("127.0.0.1", server.port)) as link:
-        link.settimeout(10)
+        link.settimeout(PATIENCE)
         link.sendall("\r\n".join([*lines, "", ""]).encode())
         assert b" 408 " in link.recv(1 << 16)
 
@@ -330,7 +330,8 @@ def test_a_body_that_never_comes_is_not_waited_for(scripted: Checkpoint, monkeyp
 def test_whoever_is_not_done_when_the_grace_is_over_hears_that_the_server_stops(
     scripted: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serving, "GRACE_SECONDS", 0.4)
+    passed = [0.0]  # the server's clock, which goes on when the test says so
+    monkeypatch.setattr(serving, "time", SimpleNamespace(monotonic=lambda: passed[0], perf_counter=time.perf_counter))
     with in_this_process(scripted) as (server, _, stop):
         replies: list[Any] = []
         request = {"prompt": "a", "max_tokens": 10**6}
@@ -342,11 +343,11 @@ def test_whoever_is_not_done_when_the_grace_is_over_hears_that_the_server_stops(
             thread.start()
         server.until(running=2)
         stop.set()
-        while server.fetch("GET", "/health").status != 503:
-            time.sleep(0.01)
+        wait_for(lambda: server.fetch("GET", "/health").status == 503, "no more being taken")
         reply = server.complete(prompt="a")
         assert reply.status == 503
         assert reply.headers["Retry-After"] == "5"
+        passed[0] = serving.GRACE_SECONDS
         for thread in asking:
             thread.join()
     whole, streamed = sorted(replies, key=lambda reply: -reply.status)

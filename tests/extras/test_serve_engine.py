@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from clock import wait_for
 from minigpt_cli.core.config import ModelConfig
 from minigpt_cli.core.errors import MinigptError
 from minigpt_cli.core.generate import Sampling, for_decoding, generate
@@ -48,10 +48,7 @@ def submit(engine: Engine, *orders: Order) -> list[Stream]:
 
 
 def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    wait_for(condition, "the engine", every=0.001)
 
 
 def texts(streams: list[Stream]) -> list[str]:

@@ -22,6 +22,7 @@ import matplotlib.figure  # noqa: F401 - children share what is loaded before th
 import pytest
 import torch.distributed.checkpoint  # noqa: F401 - likewise
 
+from clock import PATIENCE
 from minigpt_cli.core.checkpoint import SHARDED, load
 from minigpt_cli.core.files import TEMPORARY
 from minigpt_cli.core.run import RunFolder
@@ -53,7 +54,7 @@ class Child:
     stderr: Path
     code: int | None = None
 
-    def wait_for(self, pattern: str, seconds: float = 300) -> None:
+    def wait_for(self, pattern: str, seconds: float = PATIENCE) -> None:
         """Until stderr matches. Fails if the child ends first, or takes too long."""
         end = time.monotonic() + seconds
         while not re.search(pattern, self.stderr.read_text()):
@@ -67,7 +68,7 @@ class Child:
             self.code = os.waitstatus_to_exitcode(status) if pid else None
         return self.code
 
-    def wait(self, seconds: float = 300) -> int:
+    def wait(self, seconds: float = PATIENCE) -> int:
         end = time.monotonic() + seconds
         while self.poll() is None:
             if time.monotonic() > end:

@@ -30,7 +30,7 @@ def test_a_run_survives_being_killed_at_random_moments(launch: Launch, place: Pa
         child = launch(train_arguments(form, "train.keep=2", flags=("--resume",) if step >= 0 else ()))
         if number % 5:  # every fifth is killed while it starts
             child.wait_for(r"saved run/last")
-        time.sleep(moments.random() * 0.25)
+        time.sleep(moments.random() * 0.25)  # anywhere in a step, or between two
         child.kill()
         before = step
         step = verified_step(place / "run", at_least=max(before, child.announced()))
@@ -44,14 +44,16 @@ def test_a_run_survives_being_killed_at_random_moments(launch: Launch, place: Pa
 @pytest.mark.slow
 def test_no_half_dataset_is_ever_accepted(launch: Launch, place: Path) -> None:
     moments = random.Random(2)
+    arguments = ["prepare", "input.txt", "--out", "made", "--tokenizer", "bpe", "--vocab-size", "300", "--force"]
+    begin = time.monotonic()
+    assert launch(arguments).wait() == 0
+    took = time.monotonic() - begin  # as busy as the machine is
     whole = 0
     for number in range(KILLS):
         if number % 2:  # else it replaces a whole one
             shutil.rmtree(place / "made", ignore_errors=True)
-        child = launch(
-            ["prepare", "input.txt", "--out", "made", "--tokenizer", "bpe", "--vocab-size", "300", "--force"]
-        )
-        time.sleep(moments.random() * 0.4)
+        child = launch(arguments)
+        time.sleep(moments.random() * 1.2 * took)
         child.kill()
         try:
             dataset = Dataset(place / "made")
@@ -59,7 +61,7 @@ def test_no_half_dataset_is_ever_accepted(launch: Launch, place: Path) -> None:
             continue
         whole += 1
         assert len(dataset.train) + len(dataset.val) == dataset.meta.train.tokens + dataset.meta.val.tokens > 0
-    child = launch(["prepare", "input.txt", "--out", "made", "--tokenizer", "bpe", "--vocab-size", "300", "--force"])
+    child = launch(arguments)
     assert child.wait() == 0, child.stderr.read_text()
     assert [path.name for path in place.iterdir() if path.name.startswith(".made.")] == []
     assert 0 < whole < KILLS  # some were killed before they had made one

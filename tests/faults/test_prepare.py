@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
+from clock import PATIENCE
 from minigpt_cli.core.corpus import prepare
 
 # Records everything at once, works in small units, and stops in the middle of something for the test to kill it.
@@ -34,7 +35,7 @@ def stop_before(owner, name):
         calls += 1
         if calls == stop_at:
             print("here", flush=True)
-            time.sleep(60)
+            time.sleep(3600)
         return work(*arguments)
     setattr(owner, name, counted)
 if stop_in == "write":
@@ -67,7 +68,7 @@ def killed(source: Path, out: Path, **options: Any) -> list[psutil.Process]:
 def finished(source: Path, out: Path, **options: Any) -> list[str]:
     """Run to the end; the notes."""
     with start(source, out, **options) as child:
-        notes: list[str] = json.loads(child.communicate(timeout=60)[0])
+        notes: list[str] = json.loads(child.communicate(timeout=PATIENCE)[0])
     assert child.returncode == 0
     return notes
 
@@ -115,7 +116,7 @@ def test_a_killed_prepare_goes_on_and_ends_as_if_nothing_had_been(
     meta = json.loads((out / "meta.json").read_bytes())
     assert note.startswith(f"{meta['train']['tokens'] + meta['val']['tokens']:,} of the tokens")
     assert sorted(os.listdir(tmp_path)) == ["expected", "out"]
-    assert not psutil.wait_procs(others, timeout=10)[1], "no process outlives the one that started it"
+    assert not psutil.wait_procs(others, timeout=PATIENCE)[1], "no process outlives the one that started it"
 
 
 @pytest.mark.parametrize("change", ["options", "file", "journal"])

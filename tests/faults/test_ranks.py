@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from clock import PATIENCE, wait_for
 from faults.conftest import SETTINGS, TINY, verified_step
 from minigpt_cli.core.checkpoint import load
 from runs import write_dataset
@@ -43,12 +43,9 @@ class Launched:
     def said(self) -> str:
         return self.log.read_text()
 
-    def wait_for(self, pattern: str, seconds: float = 60) -> None:
-        end = time.monotonic() + seconds
-        while not re.search(pattern, self.said()):
-            assert self.process.poll() is None, self.said()
-            assert time.monotonic() < end, self.said()
-            time.sleep(0.02)
+    def wait_for(self, pattern: str) -> None:
+        wait_for(lambda: re.search(pattern, self.said()) or self.process.poll() is not None, pattern)
+        assert re.search(pattern, self.said()), self.said()
 
     def rank(self, number: int) -> psutil.Process:
         for child in psutil.Process(self.process.pid).children():
@@ -86,15 +83,13 @@ def start(place: Path) -> Iterator[Start]:
 
 
 @pytest.mark.parametrize(("victim", "form"), [(0, SETTINGS[0]), (1, SETTINGS[0]), (1, SETTINGS[1])])
-def test_a_rank_dies_and_all_end_within_seconds(start: Start, place: Path, victim: int, form: str) -> None:
+def test_a_rank_dies_and_all_end_soon(start: Start, place: Path, victim: int, form: str) -> None:
     run = start(form, "train.checkpoint_interval=5")
     run.wait_for(r"saved run/last\S+ at step [\d,]{2,}")
     other = run.rank(1 - victim)
     run.rank(victim).kill()
-    killed = time.monotonic()
-    other.wait(timeout=20)
-    assert run.process.wait(timeout=20) != 0
-    assert time.monotonic() - killed < 20
+    other.wait(timeout=PATIENCE)  # a third of the time after which PyTorch gives up a rank that says nothing
+    assert run.process.wait(timeout=PATIENCE) != 0
     assert verified_step(place / "run", at_least=5) >= 5
     assert "lost contact" in run.said()
 
@@ -110,7 +105,7 @@ def test_torchrun_goes_on_by_itself_where_a_rank_died(start: Start, place: Path,
     run.rank(1).kill()  # before the first checkpoint: the next attempt begins anew
     run.wait_for(r"(?s)parallel: ddp.*parallel: ddp.*saved run/last")
     run.rank(0).kill()
-    assert run.process.wait(timeout=120) == 0, run.said()
+    assert run.process.wait(timeout=PATIENCE) == 0, run.said()
     resumed = re.findall(r"resuming run/last\S+ at step (\d+)", run.said())
     assert len(resumed) == 1
     assert int(resumed[0]) >= 20
@@ -122,7 +117,7 @@ def test_asked_to_stop_all_save_once_and_one_process_goes_on(start: Start, place
     run = start("train.checkpoint_interval=100000")
     run.wait_for("step [1-9]")
     run.process.send_signal(signal.SIGTERM)
-    assert run.process.wait(timeout=60) != 0
+    assert run.process.wait(timeout=PATIENCE) != 0
     said = run.said()
     for line in ("parallel: ddp", "stopped at step", "saved run/last.safetensors"):
         assert said.count(line) == 1, said
@@ -157,7 +152,7 @@ def test_a_rank_that_was_started_otherwise_is_refused(place: Path, differs: str)
                 text=True,
             )
         )
-    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    said = [rank.communicate(timeout=PATIENCE)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] != [0, 0]
     assert all(rank.returncode for rank in ranks)
     assert "error on rank 1" in said[1]
