@@ -25,6 +25,8 @@ from minigpt_cli.core.runtime import Runtime
 
 FP32 = 4  # bytes
 
+CUBLAS_WORKSPACE = (32 << 20) + 16384  # of each thread and stream on an H100 or newer; 8.5 MB on older GPUs
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -110,7 +112,12 @@ def plan_memory(config: Config, vocab_size: int, setting: Setting, n_tokens: int
 
     text = FP32 * n_tokens if setting.kind == "cuda" and FP32 * n_tokens <= RESIDENT_BYTES else 0
 
-    base = weights + optimizer + average + text + (gradients if always_there else 0)
+    libraries = 0
+    if setting.kind == "cuda":  # forward and backward run in a thread each; a recording has a stream of its own
+        recorded = setting.ranks == 1 and not setting.recompute and not accumulates
+        libraries = CUBLAS_WORKSPACE * (4 if recorded else 2)
+
+    base = weights + optimizer + average + text + libraries + (gradients if always_there else 0)
     forward, after = base + gathered + kept, base + (0 if always_there else gradients)
     grad = (s if setting.parallel == "fsdp" else FP32) * head  # of the head; as a slice's whole in 16 bits
     cast = s * head if s < FP32 else grad  # the same, before autocast makes it float32
@@ -126,7 +133,7 @@ def plan_memory(config: Config, vocab_size: int, setting: Setting, n_tokens: int
     parts = {
         "weights": weights, "gradients": gradients + unsliced, "optimizer": optimizer, "average": average,
         "gathered": gathered, "activations": kept, "logits and loss": loss, "working memory": working, "update": update,
-        "training text": text,
+        "training text": text, "cuBLAS": libraries,
     }  # fmt: skip
     return Memory({name: n for name, n in parts.items() if n}, moments[moment], moment)
 
@@ -150,8 +157,6 @@ def _kept_by_block(config: ModelConfig, setting: Setting) -> int:
         kept += s * (A + 2 * K) + (s * (A + K) if config.qk_norm or config.position == "rope" else 0)
         kept += s * A + FP32 * H
     kept += s * F * {"relu": 1, "swiglu": 4}.get(config.mlp, 2)
-    if config.mlp == "relu2" and half and not cpu:
-        kept += FP32 * F  # CUDA's autocast squares in float32
     masks = sum(1 for place in ("dropout_proj", "dropout_mlp") if _rate(config, place))
     return kept + masks * C * (s if cpu else 1)
 
@@ -164,9 +169,7 @@ def _kept_by_norm(config: ModelConfig, setting: Setting, width: int, n: int = 1)
         return (0 if n > 1 else setting.s * width) + 2 * FP32 * n  # of several, the input is the packed projection
     if setting.kind == "cpu":
         return (1 if n > 1 and setting.s == FP32 else 2) * FP32 * width + FP32 * n  # not fused: the quotient, too
-    if n > 1 and setting.s == FP32:
-        return 2 * FP32 * n
-    return FP32 * width + 2 * FP32 * n  # CUDA's autocast norms in float32
+    return (0 if n > 1 else setting.stream * width) + 2 * FP32 * n
 
 
 def _kept_outside(config: ModelConfig, setting: Setting) -> int:

@@ -126,12 +126,12 @@ def test_what_several_devices_hold_by_hand() -> None:
 
 
 def test_what_cuda_keeps_of_a_block_by_hand() -> None:
-    """Autocast to bf16: two norms (input in float32, two statistics) and their results; q, k, v, the result of
+    """Autocast to bf16: two norms (input, two statistics in float32) and their results; q, k, v, the result of
     attention and a float32 a head; the feed-forward before and after GELU. Then the last norm, the head's input, ids.
     """
     config, C = config_of({**GPT2, "batch_size": 1}), 768
-    block = 2 * (4 * C + 8 + 2 * C) + 2 * 3 * C + 2 * C + 4 * 12 + 2 * 2 * 4 * C
-    ends = 4 * C + 8 + 2 * C + 16
+    block = 2 * (2 * C + 8 + 2 * C) + 2 * 3 * C + 2 * C + 4 * 12 + 2 * 2 * 4 * C
+    ends = 2 * C + 8 + 2 * C + 16
     once = plan_memory(config, 50257, Setting("cuda", "bf16")).parts["activations"]
     again = plan_memory(config, 50257, Setting("cuda", "bf16", recompute=True)).parts["activations"]
     assert once == 1024 * (12 * block + ends)
@@ -143,6 +143,24 @@ def test_the_training_text_counts_on_a_gpu_while_it_lies_there() -> None:
     for kind, n_tokens, expected in (("cuda", 10**9, 4 * 10**9), ("cuda", 2 * 10**9, 0), ("cpu", 10**9, 0)):
         parts = plan_memory(config, 40, Setting(kind, "fp32"), n_tokens).parts
         assert parts.get("training text", 0) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting", "workspaces"),
+    [
+        ({}, Setting("cuda", "bf16"), 4),
+        ({"micro_batch_size": 1}, Setting("cuda", "bf16"), 2),  # not recorded
+        ({}, Setting("cuda", "bf16", recompute=True), 2),
+        ({}, Setting("cuda", "bf16", 2, "ddp"), 2),
+        ({}, Setting("cpu", "fp32"), 0),
+    ],
+)
+def test_cublas_has_a_workspace_for_each_thread_and_stream(
+    changes: dict[str, Any], setting: Setting, workspaces: int
+) -> None:
+    """33.6 MB each on an H100, as PyTorch's allocator counts them."""
+    memory = plan_memory(config_of({"batch_size": 2, **changes}), 40, setting)
+    assert memory.parts.get("cuBLAS", 0) == pytest.approx(33_570_816 * workspaces, rel=0.001)
 
 
 def test_effort_by_hand() -> None:
