@@ -52,6 +52,7 @@ class Progress(BaseModel):
     loss_sum: float = 0.0  # of the steps since the last log
     logged_at: Count = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool | None = None  # whether blocks were compiled; None in checkpoints that do not say
     scaler: dict[str, int | float] = {}  # the state of fp16's loss scaling
     data_step: Count = 0  # the step at which a resumed run changed to the data that it has now
     data_tokens: Count = 0  # `tokens_seen` at that step

@@ -150,13 +150,13 @@ class Workload:
 
 def choose_runtime(
     config: RuntimeConfig, *, width: int, rows: int, workload: Workload | None = None, world: World = ALONE,
-    before: str | None = None,
+    before: str | None = None, compiled_before: bool | None = None,
 ) -> Runtime:  # fmt: skip
     """Turn `auto` into decisions for this machine; `width` and `rows` are the sizes of the model's matrix products.
 
     `workload` tells whether compiling pays; without one it does not. A run that is resumed keeps the precision that it
-    had `before`, unless this machine cannot compute in it, or only by emulation. All ranks of `world` decide alike.
-    Raises UserError when the config asks for what the machine has not.
+    had `before`, unless this machine cannot compute in it, or only by emulation, and stays as it was `compiled_before`.
+    All ranks of `world` decide alike. Raises UserError when the config asks for what the machine has not.
     """
     with world.together():
         device, notes = _choose_device(config.device, world)
@@ -169,7 +169,7 @@ def choose_runtime(
     if parallel == "fsdp" and precision == "fp16":
         raise UserError("precision fp16 does not go with parallel fsdp; use bf16, fp32, or parallel ddp")
     seconds = workload.eager_seconds(peak_flops(device)) if workload else None
-    compiling, why = _choose_compile(config.compile, device, seconds)
+    compiling, why = _choose_compile(config.compile, device, seconds, compiled_before)
     notes += [why] if why else []
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
@@ -196,11 +196,16 @@ def _choose_parallel(
     return "ddp", f"parallel: ddp, {world.size} ranks with a copy of the model each"
 
 
-def _choose_compile(asked: bool | str, device: torch.device, seconds: float | None) -> tuple[bool, str | None]:
+def _choose_compile(
+    asked: bool | str, device: torch.device, seconds: float | None, before: bool | None = None
+) -> tuple[bool, str | None]:
+    """Compiled blocks round otherwise, so a run that is resumed stays with what it had `before`."""
     if isinstance(asked, bool):
         return asked, None
     if device.type != "cuda":
         return False, f"compile: off, it makes training on {device.type} no faster"
+    if before is not None:
+        return before, f"compile: {'on' if before else 'off'}, as before"
     if seconds is None:
         return False, None
     if seconds < COMPILE_PAYS_FROM:

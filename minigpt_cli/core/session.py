@@ -6,13 +6,14 @@ What the command `minigpt train` and the Python interface have in common.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minigpt_cli.core import checkpoint
-from minigpt_cli.core.checkpoint import Checkpoint
+from minigpt_cli.core.checkpoint import Checkpoint, Progress
 from minigpt_cli.core.config import Config, load_config
 from minigpt_cli.core.dataset import Dataset, require_known_tokens, require_window
 from minigpt_cli.core.errors import UserError
@@ -41,6 +42,7 @@ class Job:
     vocab_size: int
     world: World
     start: Checkpoint | None = None  # the weights that a new run begins with; drawn if None
+    began: float | None = None  # when the work began, by `time.perf_counter`: from here on the run's time counts
 
     def runtime(self, saved: Checkpoint | None = None) -> Runtime:
         """The machine's part of it. Raises UserError where the settings ask for what this machine has not."""
@@ -52,8 +54,11 @@ class Job:
         steps = train.steps - (saved.header.step if saved else 0)
         workload = Workload(steps, model.n_layer, flops, gpt.parameter_counts()["total"])
         width, rows = model.n_embd, train.batch_size // (world.size * pieces) * model.block_size
-        before = saved.header.progress.precision if saved is not None else None
-        return choose_runtime(config, width=width, rows=rows, workload=workload, world=world, before=before)
+        before = saved.header.progress if saved is not None else Progress()
+        return choose_runtime(
+            config, width=width, rows=rows, workload=workload, world=world,
+            before=before.precision if saved is not None else None, compiled_before=before.compile,
+        )  # fmt: skip
 
     def advice(self) -> str | None:
         """What does not suit the text, in a sentence. The rules are for weights drawn anew: to others, nothing."""
@@ -86,6 +91,7 @@ def make_job(
     `weights` reads what a new run begins with, which brings its own model; a run that is resumed has its own. Raises
     UserError for settings or data that will not do, or are not the same for all ranks; nothing is written.
     """
+    began = time.perf_counter()
     with world.together():
         chosen, source = settings_of(config, overrides), None
         if weights is not None and resume:
@@ -107,7 +113,7 @@ def make_job(
         }
         world.require_same({"the data's fingerprint": dataset.meta.fingerprint, **settings})
     start = starting_point(source, chosen) if source is not None else None
-    return Job(chosen, dataset, vocab_size, world, start)
+    return Job(chosen, dataset, vocab_size, world, start, began)
 
 
 def run_session(
@@ -164,7 +170,9 @@ def run_session(
                 if world.launch is not None:
                     folder.launch.write_text(world.launch)
                 listeners += listen(folder, saved)
-            return train(config, job.dataset, folder, runtime, listeners, resume=saved or job.start, stop=stop)
+            return train(
+                config, job.dataset, folder, runtime, listeners, resume=saved or job.start, stop=stop, began=job.began
+            )
         finally:
             for listener in listeners:
                 listener.close()

@@ -28,7 +28,7 @@ from minigpt_cli.core.metrics import Listener, Record, read_metrics
 from minigpt_cli.core.model import GPT, empty_model, initial_weights, lm_loss
 from minigpt_cli.core.optim import learning_rate_at, set_learning_rate
 from minigpt_cli.core.run import BackgroundSaver, RunFolder
-from minigpt_cli.core.runtime import DTYPES, Runtime, memory_advice, seed_everything, system_figures
+from minigpt_cli.core.runtime import DTYPES, Runtime, memory_advice, peak_flops, seed_everything, system_figures
 from minigpt_cli.core.sharding import like, shard
 from minigpt_cli.core.state import TrainState
 from minigpt_cli.core.step import Statistics, TrainStep
@@ -63,15 +63,16 @@ class Result:
 
 def train(
     config: Config, dataset: Dataset, folder: RunFolder, runtime: Runtime, listeners: Sequence[Listener], *,
-    resume: Checkpoint | None = None, stop: Callable[[], object] = lambda: None,
+    resume: Checkpoint | None = None, stop: Callable[[], object] = lambda: None, began: float | None = None,
 ) -> Result:  # fmt: skip
     """Train until `max_iters`, `max_minutes`, `patience` or `stop()` says so, and leave the run in `folder`.
 
-    `stop` is asked after every step; when it answers with something true the run saves and returns. Raises
+    `stop` is asked after every step, by several ranks about twice a second; when it answers with something true the run
+    saves and returns. `began` (of `time.perf_counter`) is when the run's time starts to count, now if None. Raises
     MinigptError when the loss or the gradient is not finite, or when a checkpoint cannot be written.
     """
     with memory_advice(config.train, runtime.device, runtime.world.size), freed_memory_kept():
-        trainer = Trainer(config, dataset, folder, runtime, listeners, resume, stop)
+        trainer = Trainer(config, dataset, folder, runtime, listeners, resume, stop, began)
         try:
             reason = trainer.run()
         finally:
@@ -84,16 +85,18 @@ class Trainer:
 
     def __init__(
         self, config: Config, dataset: Dataset, folder: RunFolder, runtime: Runtime, listeners: Sequence[Listener],
-        resume: Checkpoint | None, stop: Callable[[], object],
+        resume: Checkpoint | None, stop: Callable[[], object], began: float | None = None,
     ) -> None:  # fmt: skip
         self.config, self.dataset, self.folder, self.runtime = config, dataset, folder, runtime
         self.world = runtime.world
         self.listeners = listeners if self.world.leads else []
-        self.stop = lambda: self.world.any(stop())  # all ranks stop at the same step
+        self.started = began if began is not None else time.perf_counter()
+        self.asked_to_stop = stop
+        self.ask_every = 1  # steps between two times that ranks agree on stopping; see `_ask`
         self.pieces = config.train.pieces(self.world.size)
         checkpoint.require_storable(dataset.meta.tokenizer)
         self.tokenizer: Tokenizer = from_json(dataset.meta.tokenizer)
-        self.progress = progress_of(resume, dataset, runtime.precision)
+        self.progress = progress_of(resume, dataset, runtime)
         self.batches = Batches(
             dataset.train, config.model.block_size, config.train.batch_size,
             seed=config.train.seed, sampling=config.data.sampling, device=runtime.device,
@@ -122,28 +125,32 @@ class Trainer:
             self.saved_at = self.progress.step
             self.unsaved = resume.header.dataset_fingerprint != dataset.meta.fingerprint
         self.origin = resume.header.initialised_from if resume else None
-        self.started, self.saved_time = time.perf_counter() - self.progress.seconds, time.perf_counter()
+        self.started -= self.progress.seconds
+        self.saved_time = time.perf_counter()
 
     def run(self) -> str:
         """The order of things. Returns the reason it ended."""
         train, progress = self.config.train, self.progress
-        log_from = (progress.step, time.perf_counter())  # tokens/s are counted over steps, not over evaluations
         self._catch_up()
+        log_from = (progress.step, time.perf_counter())  # tokens/s are counted over steps, not over evaluations
         while (reason := self._reason_to_end()) is None:
             self._step()
             self.saver.poll()
             if progress.step % train.log_interval == 0 or progress.step == train.steps:
                 log_from = self._log(log_from)
-            pause = time.perf_counter()
-            if train.sample_interval and progress.step % train.sample_interval == 0:
-                self._sample()
-            if not self.stop():
-                evaluates, numbered = (progress.step % n == 0 for n in (train.eval_interval, train.checkpoint_interval))
-                if numbered or self._time_to_save():
+            samples = train.sample_interval is not None and progress.step % train.sample_interval == 0
+            evaluates, numbered = (progress.step % n == 0 for n in (train.eval_interval, train.checkpoint_interval))
+            saves = numbered or self._time_to_save()
+            if samples or evaluates or saves:
+                self.runtime.synchronize()  # steps that the device has yet to do are no part of the pause
+                pause = time.perf_counter()
+                if samples:
+                    self._sample()
+                if saves:
                     self._save(last=True, numbered=numbered)
                 if evaluates:
                     self._evaluate()
-            log_from = (log_from[0], log_from[1] + time.perf_counter() - pause)
+                log_from = (log_from[0], log_from[1] + time.perf_counter() - pause)
             self._tell(lambda listener: listener.progress(progress.step))
         if reason != "stopped" and progress.evaluated_at < progress.step:
             self._evaluate(scheduled=False)
@@ -175,13 +182,22 @@ class Trainer:
         train, progress = self.config.train, self.progress
         if progress.step >= train.steps:
             return "finished"
-        if self.stop():
-            return "stopped"
+        if (asked := self._ask()) == "stopped":
+            return asked
         if train.patience is not None and progress.worse >= train.patience:
             return "patience"
-        if train.max_minutes is not None and self.world.any(self._seconds() >= 60 * train.max_minutes):
-            return "time"
-        return None
+        return asked
+
+    def _ask(self) -> str | None:
+        """Whether a rank was asked to stop, or has used up `max_minutes`. All ranks get the same answer.
+
+        To agree takes an exchange, which would be felt at every short step: it happens about twice a second.
+        """
+        if self.world.size > 1 and self.progress.step % self.ask_every:
+            return None
+        limit = self.config.train.max_minutes
+        late = limit is not None and self._seconds() >= 60 * limit
+        return (None, "time", "stopped")[self.world.largest(2 if self.asked_to_stop() else int(late))]
 
     def _step(self) -> None:
         step, train = self.progress.step, self.config.train
@@ -205,14 +221,24 @@ class Trainer:
             self.statistics.loss_sum.zero_()
             progress.logged_at = progress.step
         now = time.perf_counter()
-        tokens = (progress.step - log_from[0]) * train.batch_size * self.config.model.block_size
+        steps_per_second = (progress.step - log_from[0]) / (now - log_from[1])
+        self.ask_every = -self.world.largest(-max(1, min(train.log_interval, int(steps_per_second / 2))))
+        tokens_per_second = steps_per_second * train.batch_size * self.config.model.block_size
         self._record(
             train_loss=loss,
             lr=learning_rate_at(progress.step - 1, train),
-            tokens_per_second=tokens / (now - log_from[1]),
+            grad_norm=self.statistics.grad_norm.item(),
+            tokens_per_second=tokens_per_second,
+            **self._utilisation(tokens_per_second),
             **system_figures(self.runtime.device),
         )
         return progress.step, now
+
+    def _utilisation(self, tokens_per_second: float) -> dict[str, float]:
+        """Model FLOPs utilisation (Chowdhery et al. 2022, appendix B): the share of the devices' peak that the matrix
+        products of the model take. Nothing where the peak is not known."""
+        peak = peak_flops(self.runtime.device)
+        return {"mfu": tokens_per_second * self.model.flops_per_token() / (peak * self.world.size)} if peak else {}
 
     def _loss_sum(self) -> float:
         """Of the steps since the last log, each step's mean over all ranks."""
@@ -248,7 +274,7 @@ class Trainer:
     def _poll(self) -> bool:
         """Between two batches of an evaluation: tell of what was saved meanwhile, and whether to stop."""
         self.saver.poll()
-        return self.stop()
+        return self.world.any(self.asked_to_stop())
 
     def _sample(self) -> None:
         if not self.world.leads and self.runtime.parallel != "fsdp":  # a sliced model takes every rank to run
@@ -359,11 +385,13 @@ class Trainer:
         return time.perf_counter() - self.started
 
 
-def progress_of(resume: Checkpoint | None, dataset: Dataset, precision: Any) -> Progress:
+def progress_of(resume: Checkpoint | None, dataset: Dataset, runtime: Runtime) -> Progress:
     """Where the run stands. On other data than before, everything that was measured on the old data starts again."""
+    before = resume.header.progress if resume is not None else Progress()
+    compiled = runtime.compile if runtime.device.type == "cuda" else None  # elsewhere it never is by itself
+    progress = before.model_copy(update={"precision": runtime.precision, "compile": compiled})
     if resume is None:
-        return Progress(precision=precision)
-    progress = resume.header.progress.model_copy(update={"precision": precision})
+        return progress
     return progress if resume.header.dataset_fingerprint == dataset.meta.fingerprint else progress.on_other_data()
 
 

@@ -206,7 +206,7 @@ def test_ranks_stop_together_and_resume_to_the_bit(two: Path, case: str, way: st
 def test_gradients_are_exchanged_once_a_step(two: Path, way: str) -> None:
     """As many reductions with four micro batches as with one: slices of weights are gathered, gradients wait."""
     whole, pieces = (json.loads((two / f"counted {way} {n}" / "exchanged.json").read_text()) for n in (1, 4))
-    assert whole["gloo:all_reduce"] > 2 * COUNTED["max_iters"]
+    assert whole["gloo:all_reduce"] > COUNTED["max_iters"]
     assert pieces["gloo:all_reduce"] == whole["gloo:all_reduce"]
 
 
