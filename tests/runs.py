@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from minigpt_cli.core.config import Config, ModelConfig, parse_config
 from minigpt_cli.core.dataset import Dataset
@@ -156,3 +158,12 @@ def run_in(
             for metrics in listeners[1:]:
                 metrics.close()
     return folder, recorder, result
+
+
+class OnlyFloat32(TorchDispatchMode):
+    """A device without float64, as Apple's GPUs are: whatever an operator makes of it is an error."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        assert not any(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in tree_iter(made)), func
+        return made
