@@ -2,7 +2,8 @@
 
     python tests/decode_speed.py gpt --set runtime.precision=bf16
 
-Milliseconds, medians of interleaved steps. It wants a quiet machine; docs/benchmarks.md has results.
+Milliseconds, medians of interleaved steps; with bf16 on a CPU without instructions for it, decode.c reads bf16 copies
+and the operators stay in float32. It wants a quiet machine; docs/benchmarks.md has results.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import typer
 
 from minigpt_cli.core import generate as generation
 from minigpt_cli.core.config import Config, load_config, parse_override
-from minigpt_cli.core.generate import Sampling, for_decoding, generate, read_back
+from minigpt_cli.core.generate import Sampling, cache_dtype, for_decoding, generate, read_back
 from minigpt_cli.core.layers import KVCache
 from minigpt_cli.core.model import GPT
-from minigpt_cli.core.native import MOST_STREAMS
+from minigpt_cli.core.native import NativeStep
 from minigpt_cli.core.runtime import choose_decoding_runtime
 from runs import cpu_threads
 
@@ -33,11 +34,11 @@ def main(
     rounds: int = 40,
     tokens: int = 250,
 ) -> None:
-    MOST_STREAMS.update(fp32=1 << 30, bf16=1 << 30)  # decode.c is to compute them all
     chosen = load_config(config, [("runtime.device", "cpu"), *map(parse_override, settings or [])])
     every, size = torch.get_num_threads(), chosen.model.block_size
     model = decoder(chosen)
-    assert model.native is not None, "decode.c could not be compiled"
+    assert isinstance(model.native, NativeStep), "decode.c could not be compiled"
+    model.native.most_streams = 1 << 30  # it is to compute them all
     print("| streams | tokens behind | threads | decode.c | operators |\n| --- | --- | --- | --- | --- |")
     for count in map(int, streams.split(",")):
         places = [(behind, n) for n in (1, every) for behind in (0, size - 1)] if count == 1 else [(size // 2, every)]
@@ -56,12 +57,13 @@ def decoder(config: Config) -> GPT:
 @torch.inference_mode()
 def steps(model: GPT, streams: int, behind: int, threads: int, rounds: int) -> list[float]:
     """Milliseconds of a step by decode.c, however many the streams, and by the model's own operators."""
-    cache = KVCache(streams, model.config, torch.device("cpu"), model.token_embedding.weight.dtype)
     ids_B1, native = torch.zeros(streams, 1, dtype=torch.long), model.native
+    dtypes = cache_dtype(model, streams), model.token_embedding.weight.dtype
+    caches = [KVCache(streams, model.config, torch.device("cpu"), dtype) for dtype in dtypes]
     seconds: list[list[float]] = [[], []]
     with cpu_threads(threads):
         for _ in range(rounds):
-            for way, times in zip((native, None), seconds, strict=True):
+            for way, times, cache in zip((native, None), seconds, caches, strict=True):
                 model.native = way
                 for _ in range(3):
                     cache.length, start = behind, time.perf_counter()

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from minigpt_cli.core import checkpoint, shards
 from minigpt_cli.core.checkpoint import SHARDED, Header
@@ -173,3 +175,12 @@ def run_in(
             for metrics in listeners[1:]:
                 metrics.close()
     return folder, recorder, result
+
+
+class OnlyFloat32(TorchDispatchMode):
+    """A device without float64, as Apple's GPUs are: whatever an operator makes of it is an error."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        assert not any(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in tree_iter(made)), func
+        return made

@@ -296,13 +296,14 @@ class Batches:
 
     def at(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """The step's batch, or only some of its rows (a micro batch, or one rank's share)."""
+        cuda = self.device.type == "cuda"  # elsewhere nothing promises that what is copied later is still there
         if self._resident is not None:
             import torch
 
-            offsets_B = torch.from_numpy(self._offsets(step, rows)).to(self.device, non_blocking=True)
+            offsets_B = torch.from_numpy(self._offsets(step, rows)).to(self.device, non_blocking=cuda)
             windows = self._resident[offsets_B[:, None] + self._span].long()
         else:
-            windows = (self._ahead or self._read)(step, rows).to(self.device, non_blocking=True)
+            windows = (self._ahead or self._read)(step, rows).to(self.device, non_blocking=cuda)
         return windows[:, :-1], windows[:, 1:]
 
     def in_pieces(self, step: int, n: int) -> list[tuple[Tensor, Tensor]]:

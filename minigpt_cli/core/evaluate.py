@@ -85,7 +85,7 @@ def evaluate(
         if progress is not None:
             progress(min(first + world.size, len(windows)), len(windows))
     model.train(was_training)
-    sums = world.total(losses_N).cpu().double().numpy()
+    sums = world.total(losses_N).cpu().numpy().astype(np.float64)
     loss = float(sums.sum() / counts.sum())
     deviations = sums - loss * counts
     error = math.sqrt((deviations**2).sum() * len(sums) / max(1, len(sums) - 1)) / counts.sum()

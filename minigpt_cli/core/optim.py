@@ -56,10 +56,37 @@ def make_optimizer(model: GPT, config: TrainConfig, dtype: torch.dtype = torch.f
             group["lr"] = group["peak"]  # PyTorch would try the fused step of a tensor rate on all slices' wholes first
     if config.optimizer == "muon":
         return Muon(groups, (config.beta1, config.beta2), dtype)
-    return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
+    return AdamW(groups, (config.beta1, config.beta2))
 
 
-class Muon(torch.optim.AdamW):
+def skips_on_the_device(device: torch.device) -> bool:
+    """Whether PyTorch's fused step leaves the weights alone where `found_inf` is set; not on MPS (pytorch#186360)."""
+    return device.type != "mps"
+
+
+class AdamW(torch.optim.AdamW):
+    """PyTorch's, which leaves the weights as they are where `found_inf` is set: on the device, or asking from here."""
+
+    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float]) -> None:
+        self.fused = skips_on_the_device(groups[0]["params"][0].device)
+        for group in groups:
+            if not self.fused and "rows" not in group:
+                group["lr"] = group["peak"]  # a number: each weight would read a tensor back
+        super().__init__(groups, betas=betas, fused=self.fused)
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        if self.fused:
+            super().step()
+            return
+        found_inf = self.__dict__.pop("found_inf", None)  # which only fused steps take
+        for state in self.state.values():
+            if "step" in state:
+                state["step"] = state["step"].cpu()  # a resumed run's comes with the moments, and is read every time
+        if found_inf is None or not found_inf.item():
+            super().step()
+
+
+class Muon(AdamW):
     """AdamW, except for groups with `rows`: their matrices move along their momentum, orthogonalised.
 
     Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks": every direction in which the
@@ -68,7 +95,7 @@ class Muon(torch.optim.AdamW):
     """
 
     def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float], dtype: torch.dtype) -> None:
-        super().__init__(groups, betas=betas, fused=True)
+        super().__init__(groups, betas)
         self.dtype = dtype
 
     @torch.no_grad()

@@ -315,9 +315,12 @@ class ThreadChoice:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory used so far: on CUDA by the allocator, elsewhere by this process (0 on Windows)."""
+    """The most memory used so far: on CUDA by the allocator, on MPS what Metal holds now, of which it gives little back
+    before the end, elsewhere by this process (0 on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
     if sys.platform == "win32":
         return 0
     import resource
@@ -389,6 +392,8 @@ def _choose_precision(asked: str, device: torch.device, width: int, rows: int) -
             raise UserError("precision fp16 needs a GPU; on a CPU use bf16 or fp32")
         if asked == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise UserError("precision bf16 is not supported by this GPU; use fp16 or fp32")
+        if asked == "bf16" and device.type == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0):
+            raise UserError("precision bf16 on mps needs macOS 14; use fp16 or fp32")
         return asked, EMULATED if asked == "bf16" and _is_emulated(device) else None
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):

@@ -93,7 +93,7 @@ def test_bf16_is_said_and_the_text_is_much_the_same(here: Path) -> None:
 
 def test_a_model_that_gains_from_bf16_gets_it_and_stderr_says_so(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minigpt_cli.core.runtime.HALF_FROM_PARAMETERS", 100)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr("minigpt_cli.core.processor.bf16_instructions", lambda: "AMX")
     done = sample("--seed", 5)
     assert (done.code, done.err) == (0, "precision: bf16, weights of half the size are read in half the time\n")
     assert done.out == text_of(sample("--seed", 5, "--precision", "bf16"))

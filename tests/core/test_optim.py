@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minigpt_cli.core import optim
 from minigpt_cli.core.config import ModelConfig, TrainConfig, parse_config
 from minigpt_cli.core.model import GPT
 from minigpt_cli.core.optim import (
@@ -321,3 +322,31 @@ def test_weight_decay_grows_with_the_parameters_per_token_where_a_text_is_read_o
     config = parse_config({"train": train, "model": {"block_size": 100}}, "test")
     assert resolved(config, tokens, parameters).train.decay_strength == pytest.approx(decay)
     assert resolved(resolved(config, tokens, parameters), tokens, parameters).train.decay_strength == decay
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_where_a_device_cannot_skip_a_step_the_host_does(
+    name: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on MPS, whose fused step ignores `found_inf`: PyTorch's other step, which here gives the same."""
+    config = parse_config({"train": {"optimizer": name, "weight_decay": 0.1, "grad_clip": None}}, "test").train
+    models = [GPT(tiny(), 11) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    fused = make_optimizer(models[0], config)
+    monkeypatch.setattr(optim, "skips_on_the_device", lambda device: False)
+    asking = make_optimizer(models[1], config)
+    assert not asking.defaults["fused"]
+    for step in range(6):
+        gradient = {key: torch.randn_like(p) for key, p in models[0].named_parameters()}
+        skipped = torch.tensor(float(step == 3))
+        before = [p.clone() for p in models[1].parameters()]
+        for model, optimizer in zip(models, (fused, asking), strict=True):
+            for key, p in model.named_parameters():
+                p.grad = torch.full_like(p, float("nan")) if step == 3 else gradient[key].clone()
+            set_learning_rate(optimizer, (step + 1) / 6)
+            optimizer.found_inf = skipped  # type: ignore[attr-defined]
+            optimizer.step()
+        moved = [not torch.equal(p, old) for p, old in zip(models[1].parameters(), before, strict=True)]
+        assert any(moved) == (step != 3)
+    for ours, theirs in zip(models[1].parameters(), models[0].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

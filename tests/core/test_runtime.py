@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minigpt_cli.core import processor
 from minigpt_cli.core.config import ModelConfig, RuntimeConfig
-from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.errors import MinigptError, UserError
 from minigpt_cli.core.measure import measure_decoding, measure_training, random_tokens
 from minigpt_cli.core.model import GPT, lm_loss
 from minigpt_cli.core.runtime import (
@@ -30,7 +30,7 @@ from minigpt_cli.core.runtime import (
     peak_memory_bytes,
     seed_everything,
 )
-from runs import CPU, RunTraining, small_config
+from runs import CPU, OnlyFloat32, RunTraining, small_config
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -290,6 +290,33 @@ def test_where_recording_fails_training_goes_on_and_says_so(
     assert "CUDA graph: failed, going on without it" in told_too.notes[0]
     assert len(told_too.notes) == 1
     assert told_too.losses("train_loss") == told.losses("train_loss")
+
+
+def test_training_goes_the_same_way_where_the_host_skips_steps(
+    run_training: RunTraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an Apple GPU gets, on a CPU: the same losses, an exact resume, and a failure that touches no weight."""
+    config = small_config(dropout=0.0, optimizer="muon")
+    _, usual, _ = run_training("usual", config)
+    monkeypatch.setattr("minigpt_cli.core.optim.skips_on_the_device", lambda device: False)
+    whole, told, _ = run_training("whole", config)
+    assert told.losses("train_loss") == pytest.approx(usual.losses("train_loss"), rel=1e-4)
+    run_training("parts", config, stop_at=6)
+    parts, _, _ = run_training("parts", config, resume=True)
+    for name, tensor in load_file(whole.last).items():
+        assert torch.equal(tensor, load_file(parts.last)[name]), name
+    with pytest.raises(MinigptError, match="not finite"):
+        run_training("wild", small_config(learning_rate=1e30))
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": "rmsnorm", "qk_norm": True, "mlp": "swiglu"}], ids=str)
+def test_nothing_on_a_devices_way_is_float64(options: dict[str, Any], run_training: RunTraining) -> None:
+    """Training with every part of a step, evaluating, sampling. (Rotary tables ask which device it is, and say so.)"""
+    config = small_config(optimizer="muon", grad_clip=1.0, ema=0.9, sample_interval=6, **options)
+    with OnlyFloat32():
+        _, told, _ = run_training("run", config)
+    assert told.samples
+    assert told.losses("val_loss")
 
 
 def test_bf16_training_stays_near_fp32(run_training: RunTraining) -> None:

@@ -25,6 +25,7 @@ from minigpt_cli.extras.inspect.text import MAX_SHOWN, given_text, most_tokens
 from oracle.model import NaiveGPT
 from oracle.operations import Formulas
 from oracle.weights import naive_twin
+from runs import OnlyFloat32
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt": {},
@@ -192,7 +193,8 @@ def test_pushes_are_what_the_logit_loses_without_the_part(model: GPT, tmp_path: 
 def test_importance_is_the_rise_with_zeroed_columns_and_a_skipped_block(model: GPT) -> None:
     tokens = torch.randint(V, (8 * 6 + 1,)).numpy()
     x, y = validation_windows(tokens, model)
-    measured = ablate(model, x, y)
+    with OnlyFloat32():
+        measured = ablate(model, x, y)
     naive, width = naive_twin(model), model.config.n_embd // model.config.n_head
     with torch.no_grad():
         whole = float(F.cross_entropy(naive(x).flatten(0, 1), y.flatten()))

@@ -99,7 +99,7 @@ def ablate(model: GPT, x_BT: Tensor, y_BT: Tensor, progress: Progress | None = N
                 losses[layer, head].append(_window_losses(model, x, y))
     if progress is not None:
         progress(total, total)
-    by_window = {part: torch.cat(pieces).double().cpu().numpy() for part, pieces in losses.items()}
+    by_window = {part: torch.cat(pieces).cpu().numpy().astype(np.float64) for part, pieces in losses.items()}
     rises = {part: _rise(by_window[part] - by_window[None]) for part in parts}
     return Ablations(
         tokens=x_BT.numel(), loss=float(by_window[None].mean()),
