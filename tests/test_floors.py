@@ -13,7 +13,7 @@ import minigpt_cli
 
 PACKAGE = Path(minigpt_cli.__file__).parent
 FLOORS = [
-    {"background", "detokenize", "errors", "files", "signals"},
+    {"background", "detokenize", "errors", "files", "shell", "signals"},
     {"bpe", "compiler", "folders", "metrics", "plain_yaml", "processes", "textfiles"},
     {"config", "dataset", "sharding", "textstream", "tokenizer", "world"},
     {"documents", "kernels", "runtime", "unfinished"},

@@ -43,6 +43,13 @@ def safe(text: object) -> str:
     return _UNSAFE.sub(lambda m: m[0].encode("unicode_escape").decode("ascii"), str(text))
 
 
+def command(*words: object) -> str:
+    """A minigpt command to paste into a shell, in characters that this terminal can show."""
+    from minigpt_cli.core.shell import command_line
+
+    return command_line(["minigpt", *words], sys.stdout.encoding or "utf-8")
+
+
 def stdout() -> Console:
     """A Rich console for results. Tables are drawn 100 columns wide where there is no terminal to ask."""
     from rich.console import Console

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -155,7 +154,7 @@ def _show(report: Report, out: Path, tokenizer: str) -> None:
         ("time", f"{report.seconds:.2f} s ({report.bytes / 1e6 / report.seconds:,.0f} MB/s)"),
     ]
     console.print_table(f"{out}: ready", rows)
-    option = "" if out == Path("data/input") else f" --set data.path={shlex.quote(str(out))}"
     of_model = Path(tokenizer).is_dir() or tokenizer.endswith(".safetensors")
-    config = f"finetune --init-from {shlex.quote(tokenizer)}" if of_model else "cpu"
-    print(console.safe(f"Next: minigpt train --config {config}{option}"))
+    config = ["finetune", "--init-from", tokenizer] if of_model else ["cpu"]
+    data = [] if out == Path("data/input") else ["--data", out]
+    print(console.safe(f"Next: {console.command('train', '--config', *config, *data)}"))

@@ -32,7 +32,7 @@ def new(here: Path) -> Path:
     done = call("prepare", "new.txt", "--tokenizer", "checkpoints/best.safetensors")
     assert done.code == 0, done.err
     assert done.out.splitlines()[-1] == (
-        "Next: minigpt train --config finetune --init-from checkpoints/best.safetensors --set data.path=data/new"
+        "Next: minigpt train --config finetune --init-from checkpoints/best.safetensors --data data/new"
     )
     return here
 
