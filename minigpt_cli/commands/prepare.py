@@ -32,7 +32,7 @@ def prepare(
         typer.Option(
             metavar="char|byte|bpe|FILE",
             autocompletion=among("char", "byte", "bpe"),
-            help="What a token is. FILE is a tokenizer.json, a checkpoint or a Hugging Face folder: the same tokens.",
+            help="What a token is. FILE is a tokenizer.json, a checkpoint, or a folder of a run or Hugging Face model.",
         ),
     ] = "char",
     vocab_size: Annotated[
@@ -111,7 +111,7 @@ def prepare(
 
 def _existing(name: str) -> Tokenizer | None:
     """The tokenizer of a checkpoint or of a folder with a model; None where `name` is something else."""
-    path = Path(name)
+    path = console.find_checkpoint(Path(name)) if Path(name).is_dir() else Path(name)
     if path.suffix in (".safetensors", ".sharded"):
         from minigpt_cli.core.checkpoint import read_header
         from minigpt_cli.core.tokenizer import from_json

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minigpt_cli.commands.console import Debug, command, note, safe
+from minigpt_cli.commands.console import Debug, command, find_checkpoint, note, tell
 from minigpt_cli.commands.options import CONFIG, DEVICE, SETTINGS, among
 from minigpt_cli.commands.plan import Asked, plan, show_one_step
 from minigpt_cli.core.errors import Stopped, UserError
@@ -141,8 +141,7 @@ def _read_weights(path: Path) -> Checkpoint:
     """A checkpoint of ours, or what a folder of Hugging Face's holds."""
     from minigpt_cli.core.checkpoint import SHARDED, load
 
-    if (path / "best.safetensors").is_file():
-        raise UserError(f"{path}: a run folder; name one of its checkpoints, such as {path / 'best.safetensors'}")
+    path = find_checkpoint(path)
     if path.is_dir() and path.suffix != SHARDED:
         from minigpt_cli.extras.huggingface import read
 
@@ -170,14 +169,12 @@ def _run(job: Job, loggers: list[str], *, resume: bool, overwrite: bool, allow_d
         raise job.world.everyones(Stopped(stopped, stop.exit_code))
     if result.reason == "complete" or not job.world.leads:
         return
-    for line in verdict(result, result.metrics, job.config, len(job.dataset.train), job.n_parameters):
-        print(safe(line))
     best = result.best or result.last
     if job.config.runtime.checkpoints == "sharded":
-        export = command("export", "--ckpt", best, "--to", "file", "best.safetensors")
-        print(safe(f"Make one file of it: {export}"))
+        more = f"Make one file of it: {command('export', '--ckpt', best, '--to', 'file', 'best.safetensors')}"
     else:
-        print(safe(f"Sample from it: {command('sample', '--ckpt', best, '--tokens', 500)}"))
+        more = f"Sample from it: {command('sample', '--ckpt', best, '--tokens', 500)}"
+    tell(*verdict(result, result.metrics, job.config, len(job.dataset.train), job.n_parameters), more)
 
 
 def _logger(name: str, folder: RunFolder, job: Job, saved: Checkpoint | None, note: Callable[[str], None]) -> Listener:

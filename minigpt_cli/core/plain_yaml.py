@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -66,7 +66,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _PLAIN = "!plain"
-_Loader.add_constructor(_PLAIN, lambda loader, node: Plain(loader.construct_scalar(node)))
+_Loader.add_constructor(_PLAIN, lambda loader, node: Plain(loader.construct_scalar(cast(yaml.ScalarNode, node))))
 
 
 class _Dumper(yaml.SafeDumper):

@@ -122,6 +122,16 @@ class RunFolder:
         raise CheckpointError("; ".join(problems))
 
 
+def checkpoint_in(path: Path) -> Path:
+    """Of a run folder its best checkpoint, or where there is none its last; any other path as it is."""
+    if os.path.isdir(path) and path.suffix != SHARDED:
+        folder = RunFolder(path)
+        for file, kind in ((folder.best, "best"), (folder.last, "last")):
+            if found := [file] if file.is_file() else folder.shards(kind):
+                return found[-1]
+    return path
+
+
 def remove(path: Path) -> None:
     """A file, or a folder and all that is in it, if it is there."""
     if path.is_dir():

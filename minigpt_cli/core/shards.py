@@ -24,7 +24,7 @@ from minigpt_cli.core import tokenizer as tokenizers
 from minigpt_cli.core.checkpoint import MODEL, Checkpoint, Header, library_versions
 from minigpt_cli.core.config import parse_config
 from minigpt_cli.core.errors import CheckpointError, MinigptError, UserError
-from minigpt_cli.core.files import MAX_JSON_BYTES, TEMPORARY, bounded_json, fsync_folder
+from minigpt_cli.core.files import MAX_JSON_BYTES, TEMPORARY, bounded_json, fsync_file, fsync_folder
 from minigpt_cli.core.sharding import local
 from minigpt_cli.core.world import World
 
@@ -152,8 +152,8 @@ def gathered(folder: Path) -> Checkpoint:
 
 def _durable_sha256(file: Path) -> str:
     """The file's sha256, once it is on the disk."""
+    fsync_file(file)
     with open(file, "rb") as opened:
-        os.fsync(opened.fileno())
         digest = hashlib.sha256()
         while block := opened.read(1 << 20):
             digest.update(block)

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,27 @@ import pytest
 from commands.conftest import FOREVER, TINY, call, command, environment, run, sets, wait_for
 from minigpt_cli.core import checkpoint, shell
 
-PATHS = ["data/set #2", "no", "2024", "1e3", "null", "~", "a: b", " x ", "it's", 'say "so"', "$HOME", "`id`", "-x", "010"]
-ODD = ["two\nlines", "käse\u200f", "\x1b[31mred", "back\\slash\t"]  # which are spelled out, as only bash and zsh read it
+PATHS = [
+    "data/set #2",
+    "no",
+    "2024",
+    "1e3",
+    "null",
+    "~",
+    "a: b",
+    " x ",
+    "it's",
+    'say "so"',
+    "$HOME",
+    "`id`",
+    "-x",
+]
+ODD = [
+    "two\nlines",
+    "käse\u200f",
+    "\x1b[31mred",
+    "back\\slash\t",
+]  # spelled out, as bash and zsh read it
 
 
 def pasted(line: str, program: str = "bash") -> list[str]:

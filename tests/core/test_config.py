@@ -113,7 +113,7 @@ def test_a_count_of_one_and_a_half_is_refused(key: str, said: str) -> None:
 
 
 TEXTS = ["data/set #2", "no", "2024", "1e3", "null", "~", "a: b", " x ", "010", "0x1F", "true", "1:30", "[a]", "{a: b}",
-         "'a'", '"a"', "*a", "&a b", "!!int 5", "# a", "- a", "2001-01-01", "C:\\data\\set", "=", "<<", "-x"]  # fmt: skip
+         "'a'", '"a"', "*a", "&a b", "!!int 5", "# a", "- a", "2001-01-01", "C:\\data", "=", "<<", "-x"]  # fmt: skip
 
 
 @pytest.mark.parametrize("typed", TEXTS)
@@ -369,7 +369,8 @@ def test_no_depth_of_nesting_raises_anything_but_a_user_error(depth: int, openin
     "number", ["9" * 5000, "-" + "9" * 5000, "0x" + "F" * 5000, "0" + "7" * 9000, "-0x" + "F" * 5000, "1e" + "9" * 99]
 )
 @pytest.mark.parametrize(
-    "place", ["{}", "out_dir: [{}]", "train: {{seed: {}}}", "train: {{max_iters: {}}}", "model: {{n_embd: {}}}", "{}: 1"]
+    "place",
+    ["{}", "out_dir: [{}]", "train: {{seed: {}}}", "train: {{max_iters: {}}}", "model: {{n_embd: {}}}", "{}: 1"],
 )
 def test_no_size_of_number_raises_anything_but_a_user_error(number: str, place: str) -> None:
     refusal(place.format(number))
