@@ -22,6 +22,7 @@ from minigpt_cli.core.evaluate import EVALUATED_AT_ONCE, Score, evaluation_setti
 from minigpt_cli.core.evaluate import evaluate as score_tokens
 from minigpt_cli.core.metrics import Listener, Record
 from minigpt_cli.core.model import GPT
+from minigpt_cli.core.run import checkpoint_in
 from minigpt_cli.core.runtime import choose_runtime
 from minigpt_cli.core.signals import StopSignals
 from minigpt_cli.core.tokenizer import Tokenizer
@@ -73,20 +74,22 @@ class Model:
 
 
 def load(path: str | Path, *, device: str = "auto", precision: str = "auto") -> Model:
-    """Read a checkpoint, verify every tensor of it, and make it ready to write. No code in the file can run.
+    """Read a checkpoint, or the best one of a run folder, verify every tensor, and make it ready to write. No code in
+    the file can run.
 
     `device`: auto, cpu, cuda, cuda:N or mps. `precision`, of writing: auto, fp32 or bf16; auto takes the faster one, by
     the machine and the model only, as `minigpt sample` does. Raises UserError if there is no such file or device,
     CheckpointError (a MinigptError) for a file that is damaged or none of ours.
     """
-    return Model(checkpoints.load(path, weights_only=True), device, precision)
+    return Model(checkpoints.load(checkpoint_in(Path(path)), weights_only=True), device, precision)
 
 
 def generate(
     model: Model, prompt: str = "", *, tokens: int = 500, temperature: float = 1.0, top_k: int | None = None,
-    top_p: float | None = None, seed: int | None = None, stop: str | None = None,
+    top_p: float | None = None, seed: int | None = None, stop: str | Sequence[str] | None = None,
 ) -> str:  # fmt: skip
-    """What the model writes after `prompt`, without it: so many `tokens`, or fewer where it comes to the text `stop`.
+    """What the model writes after `prompt`, without it: so many `tokens`, or fewer where it comes to the text `stop`,
+    or to one of several.
 
     `temperature` 0 always takes the likeliest token; `top_k` and `top_p` (0 to 1) leave only the likeliest to choose
     from. The same `seed` gives the same text, and `minigpt sample` gives the same too. Raises UserError for arguments
@@ -99,12 +102,13 @@ def generate(
 
 def stream(
     model: Model, prompt: str = "", *, tokens: int = 500, temperature: float = 1.0, top_k: int | None = None,
-    top_p: float | None = None, seed: int | None = None, stop: str | None = None,
+    top_p: float | None = None, seed: int | None = None, stop: str | Sequence[str] | None = None,
 ) -> Iterator[str]:  # fmt: skip
     """The text of `generate` in pieces, as it is made: whole characters, at least one in each."""
-    sampling = checked_sampling(tokens, temperature, top_k, top_p, seed, stop)
+    stops = [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
+    sampling = checked_sampling(tokens, temperature, top_k, top_p, seed, stops)
     steps = model._writer.steps(prompt, tokens, sampling, seed=seed)
-    return (piece for (piece,) in model._writer.pieces(steps, 1, stop) if piece)
+    return (piece for (piece,) in model._writer.pieces(steps, 1, stops) if piece)
 
 
 def evaluate(model: Model, text: str) -> Score:

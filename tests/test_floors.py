@@ -13,7 +13,7 @@ import minigpt_cli
 
 PACKAGE = Path(minigpt_cli.__file__).parent
 FLOORS = [
-    {"allocator", "background", "detokenize", "errors", "files", "gpus", "processor", "signals"},
+    {"allocator", "background", "detokenize", "errors", "files", "gpus", "processor", "shell", "signals"},
     {"bpe", "compiler", "folders", "metrics", "plain_yaml", "processes", "textfiles"},
     {"config", "dataset", "sharding", "textstream", "tokenizer", "world"},
     {"documents", "kernels", "runtime", "unfinished"},

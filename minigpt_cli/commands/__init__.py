@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from minigpt_cli import __version__
 from minigpt_cli.commands.bench import bench
-from minigpt_cli.commands.console import Debug, error_boundary, make_streams_robust
+from minigpt_cli.commands.console import Debug, abandon_broken_streams, error_boundary, make_streams_robust
 from minigpt_cli.commands.eval import evaluate
 from minigpt_cli.commands.export import export
 from minigpt_cli.commands.import_ import import_model
@@ -83,4 +83,7 @@ def main() -> None:
     make_streams_robust()
     if os.environ.get("_MINIGPT_COMPLETE") == "complete_bash":
         join_words()
-    app(prog_name="minigpt")
+    try:
+        app(prog_name="minigpt")
+    finally:
+        abandon_broken_streams()

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -41,6 +41,33 @@ _UNSAFE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u2028-\u2
 def safe(text: object) -> str:
     """`text` with every control character spelled out (ESC becomes \\x1b), so that no file can drive a terminal."""
     return _UNSAFE.sub(lambda m: m[0].encode("unicode_escape").decode("ascii"), str(text))
+
+
+def command(*words: object) -> str:
+    """A minigpt command to paste into a shell, in characters that this terminal can show."""
+    from minigpt_cli.core.shell import command_line
+
+    return command_line(["minigpt", *words], sys.stdout.encoding or "utf-8")
+
+
+def text_writer(raw: bool = False) -> Callable[[str], None]:
+    """What writes a model's text to stdout, piece by piece, flushed.
+
+    To a file or a pipe go its bytes in UTF-8, whatever the locale. A terminal gets what it can print, with control
+    characters spelled out unless `raw`.
+    """
+    stream = sys.stdout
+    binary = None if stream.isatty() else getattr(stream, "buffer", None)
+
+    def write(text: str) -> None:
+        if binary is None:
+            stream.write(text if raw else safe(text))
+        else:
+            stream.flush()  # what is written in another way comes before
+            binary.write(text.encode("utf-8", "surrogateescape"))  # a prompt from the command line may hold other bytes
+        stream.flush()
+
+    return write
 
 
 def stdout() -> Console:
@@ -145,12 +172,31 @@ def make_streams_robust() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _abandon_broken_stdout() -> None:
-    """Where stdout takes no more (a closed pipe, a full disk), let the interpreter's own last flush go nowhere."""
+# What writing raises where the reader, or the terminal, is gone. On Windows a closed pipe is an invalid argument.
+_GONE = {errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO} | ({errno.EINVAL} if os.name == "nt" else set())
+
+
+def tell(*lines: object) -> None:
+    """Lines on stdout about work that is done and kept. That nobody reads them any more is no failure."""
     try:
+        for line in lines:
+            print(safe(line))
         sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in _GONE:
+            raise
+        abandon_broken_streams()
+
+
+def abandon_broken_streams() -> None:
+    """Where stdout or stderr take no more (a closed pipe, a terminal that is gone, a full disk), let what is left, and
+    the interpreter's own last flush, go nowhere: it would change the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextmanager
@@ -159,9 +205,6 @@ def error_boundary() -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()  # here, where a full disk can still be reported
-    except BrokenPipeError:  # `minigpt sample | head -1`: the reader has had enough, and that is no failure
-        _abandon_broken_stdout()
-        raise typer.Exit(0) from None
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except MinigptError as error:
@@ -169,9 +212,12 @@ def error_boundary() -> Iterator[None]:
     except MemoryError:
         _fail("out of memory", 1)
     except OSError as error:
+        if not error.filename and (error.errno == errno.EPIPE or (os.name == "nt" and error.errno == errno.EINVAL)):
+            abandon_broken_streams()  # `minigpt sample | head -1`: the reader has had enough, and that is no failure
+            raise typer.Exit(0) from None
         what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error))
         where = f": {error.filename}" if error.filename else ""
-        _abandon_broken_stdout()
+        abandon_broken_streams()
         _fail(f"{what}{where}", 1)
     except (typer.Exit, typer.Abort):
         raise
@@ -201,6 +247,18 @@ def read_prompt(name: str) -> str:
         raise UserError(f"{name}: not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise UserError(f"{name}: {error.strerror}") from None
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that `path` is or, as the folder of a run, holds: its best, else its last; which is said."""
+    if not os.path.isdir(path):
+        return path
+    from minigpt_cli.core.run import checkpoint_in
+
+    found = checkpoint_in(path)
+    if found != path:
+        note(f"{path}: using {found.name}")
+    return found
 
 
 def check_new_file(path: Path, force: bool, source: Path) -> None:

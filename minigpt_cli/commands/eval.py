@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minigpt_cli.commands.console import Debug, note, print_table, progress_bar
+from minigpt_cli.commands.console import Debug, find_checkpoint, note, print_table, progress_bar
 from minigpt_cli.commands.options import CKPT, DEVICE, among
 from minigpt_cli.core.errors import UserError
 
@@ -65,6 +65,7 @@ def _measure(ckpt: Path, data: Path | None, split: str, device: str, world: Worl
     from minigpt_cli.core.runtime import choose_runtime
 
     with telling(lambda: f"reading {ckpt}"), world.together():
+        ckpt = find_checkpoint(ckpt)
         checkpoint = load(ckpt, weights_only=True)
         config, tokenizer = checkpoint.config, checkpoint.tokenizer
         wanted = evaluation_settings(device, checkpoint.header.progress.precision)

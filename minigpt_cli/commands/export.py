@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minigpt_cli.commands.console import Debug, check_new_file, note, safe
-from minigpt_cli.commands.options import among
+from minigpt_cli.commands.console import Debug, check_new_file, find_checkpoint, note, safe
+from minigpt_cli.commands.options import CKPT, among
 from minigpt_cli.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,10 +17,7 @@ if TYPE_CHECKING:
 
 def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make; with --to gguf or file, the file.")],
-    ckpt: Annotated[
-        Path,
-        typer.Option("--ckpt", help="A checkpoint: last.safetensors or best.safetensors of a run, or one in parts."),
-    ],
+    ckpt: Annotated[Path, CKPT],
     to: Annotated[
         str,
         typer.Option(
@@ -48,6 +45,7 @@ def export(
     """
     if to not in ("hf", "gguf", "file"):
         raise UserError(f"--to {to}: hf, gguf or file")
+    ckpt = find_checkpoint(ckpt)
     from minigpt_cli.core.checkpoint import save
     from minigpt_cli.extras.huggingface.write import check_folder, write
 

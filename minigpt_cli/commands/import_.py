@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from minigpt_cli.commands.console import Debug, check_new_file, note, safe
+from minigpt_cli.commands.console import Debug, check_new_file, command, note, safe
 from minigpt_cli.core.errors import UserError
 
 
@@ -49,4 +48,4 @@ def import_model(
     parameters = empty_model(found.config.model, tokens).parameter_counts()["total"]
     context = found.config.model.block_size
     print(safe(f"Wrote {out}: {parameters:,} parameters, {tokens:,} tokens, a context of {context:,}"))
-    print(safe(f"Next: minigpt sample --ckpt {shlex.quote(str(out))}"))
+    print(safe(f"Next: {command('sample', '--ckpt', out)}"))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minigpt_cli.commands.console import Debug, duration, note, print_table, progress_bar, safe, size
+from minigpt_cli.commands.console import Debug, command, duration, note, print_table, progress_bar, safe, size
 from minigpt_cli.core.errors import CheckpointError, MinigptError, UserError
 
 if TYPE_CHECKING:
@@ -183,7 +183,8 @@ def _show_run(folder: Path, files: list[Path], as_json: bool) -> None:
             rows.append((Path(facts["file"]).name, f"{facts['step']:,}", shown, size(facts["bytes"]), holds))
         print_table(f"{folder}: all tensors of these match their checksums", rows,
                     headers=("checkpoint", "step", "validation loss", "size", "holds"))  # fmt: skip
-        print(safe(f"More of one: minigpt info {found[-1]['file']}"))
+        one = found[-1]["file"]
+        print(safe(f"More of one: {command('info', f'./{one}' if one.startswith('-') else one)}"))
     for message in damaged[1:]:
         note(f"minigpt: error: {message}")
     if damaged:

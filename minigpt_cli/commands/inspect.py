@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minigpt_cli.commands.console import Debug, note, progress_bar, read_prompt, safe, size
+from minigpt_cli.commands.console import Debug, find_checkpoint, note, progress_bar, read_prompt, safe, size
 from minigpt_cli.commands.options import CKPT, DEVICE
 from minigpt_cli.core.errors import MinigptError, UserError
 
@@ -53,6 +53,7 @@ def inspect(
     if prompt is not None and prompt_file is not None:
         raise UserError("--prompt and --prompt-file: choose one")
     page = out if out is not None or as_json else DEFAULT_OUT
+    ckpt = find_checkpoint(ckpt)
     if page is not None:
         _check_output(page, force, ckpt)
     where = "--prompt" if prompt is not None else str(prompt_file)

@@ -78,7 +78,7 @@ def join_words() -> None:
     os.environ |= {"COMP_WORDS": join([*before, *words[sign + 1 : at + 1]]), "COMP_CWORD": str(len(before))}
 
 
-CKPT = typer.Option("--ckpt", help="A checkpoint: last.safetensors or best.safetensors of a run.")
+CKPT = typer.Option("--ckpt", help="A checkpoint, or the folder of a run: its best, else its last.")
 CONFIG = typer.Option(
     "--config", help="A YAML file, or the name of a shipped config: cpu, modern, gpt, v2, bigram.",
     autocompletion=_configs,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,7 +32,7 @@ def prepare(
         typer.Option(
             metavar="char|byte|bpe|FILE",
             autocompletion=among("char", "byte", "bpe"),
-            help="What a token is. FILE is a tokenizer.json, a checkpoint or a Hugging Face folder: the same tokens.",
+            help="What a token is. FILE is a tokenizer.json, a checkpoint, or a folder of a run or Hugging Face model.",
         ),
     ] = "char",
     vocab_size: Annotated[
@@ -112,7 +111,7 @@ def prepare(
 
 def _existing(name: str) -> Tokenizer | None:
     """The tokenizer of a checkpoint or of a folder with a model; None where `name` is something else."""
-    path = Path(name)
+    path = console.find_checkpoint(Path(name)) if Path(name).is_dir() else Path(name)
     if path.suffix in (".safetensors", ".sharded"):
         from minigpt_cli.core.checkpoint import read_header
         from minigpt_cli.core.tokenizer import from_json
@@ -155,7 +154,7 @@ def _show(report: Report, out: Path, tokenizer: str) -> None:
         ("time", f"{report.seconds:.2f} s ({report.bytes / 1e6 / report.seconds:,.0f} MB/s)"),
     ]
     console.print_table(f"{out}: ready", rows)
-    option = "" if out == Path("data/input") else f" --set data.path={shlex.quote(str(out))}"
     of_model = Path(tokenizer).is_dir() or tokenizer.endswith(".safetensors")
-    config = f"finetune --init-from {shlex.quote(tokenizer)}" if of_model else "cpu"
-    print(console.safe(f"Next: minigpt train --config {config}{option}"))
+    config = ["finetune", "--init-from", tokenizer] if of_model else ["cpu"]
+    data = [] if out == Path("data/input") else ["--data", out]
+    print(console.safe(f"Next: {console.command('train', '--config', *config, *data)}"))

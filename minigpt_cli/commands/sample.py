@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minigpt_cli.commands.console import Debug, note, read_prompt, safe, stdout
+from minigpt_cli.commands.console import Debug, find_checkpoint, note, read_prompt, safe, stdout, text_writer
 from minigpt_cli.commands.options import CKPT, DEVICE, PRECISION
 from minigpt_cli.core.errors import UserError
 
@@ -43,7 +43,9 @@ def sample(
     seed: Annotated[
         int | None, typer.Option("--seed", help="The same seed gives the same text. [default: a new one]")
     ] = None,
-    stop: Annotated[str | None, typer.Option("--stop", help="End a text before this string.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="End a text before this string. Repeatable: before any of them.")
+    ] = None,
     show_probs: Annotated[
         bool,
         typer.Option(
@@ -54,7 +56,7 @@ def sample(
         bool, typer.Option("--exact-window", help="Past the context window, recompute it for every token.")
     ] = False,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Print control characters as they are, instead of spelled out.")
+        bool, typer.Option("--raw", help="Print control characters as they are, on a terminal too.")
     ] = False,
     device: Annotated[str, DEVICE] = "auto",
     precision: Annotated[str, PRECISION] = "auto",
@@ -62,8 +64,9 @@ def sample(
 ) -> None:
     """Write text with a trained model.
 
-    Prompt and text go to stdout as they are made, and nothing else does. A text ends with its document, where the model
-    was trained on documents. When the context window is full, a model with
+    Prompt and text go to stdout as they are made, and nothing else does: to a file or a pipe in UTF-8, byte for byte;
+    on a terminal with control characters spelled out. A text ends with its document, where the model was trained on
+    documents. When the context window is full, a model with
     rotary positions forgets its oldest token for each new one; learned positions cannot slide, so the newest half is
     kept and read again. --exact-window instead recomputes the whole window for every token, as the original scripts
     did: slower, with exactly the longest context for each token.
@@ -85,14 +88,14 @@ def sample(
     from minigpt_cli.core.writer import Writer, checked_sampling
 
     sampling = checked_sampling(
-        tokens, temperature, top_k, top_p, seed, stop, spell=lambda name: f"--{name.replace('_', '-')}"
+        tokens, temperature, top_k, top_p, seed, stop or [], spell=lambda name: f"--{name.replace('_', '-')}"
     )
     if show_probs and precision == "auto":
         precision = "fp32"  # whoever reads every number wants exact ones, and reads slowly
     asked = parse_section(RuntimeConfig, {"device": device, "precision": precision}, "sample")
     require_runtime(asked)  # a device that is not there is said before a large file is read
     with telling(lambda: f"reading {ckpt}"):
-        checkpoint = load(ckpt, weights_only=True)
+        checkpoint = load(find_checkpoint(ckpt), weights_only=True)
         writer = Writer(checkpoint, asked)
     tokenizer, window = checkpoint.tokenizer, checkpoint.config.model.block_size
     length = len(tokenizer.encode(prompt)) if prompt else 0
@@ -108,36 +111,30 @@ def sample(
     )
     try:
         if show_probs:
-            _print_probabilities(steps, tokenizer, prompt or "", stop)
+            _print_probabilities(steps, tokenizer, prompt or "", stop or [])
         else:
-            _print_texts(writer.pieces(steps, num_samples, stop), prompt or "", raw)
+            _print_texts(writer.pieces(steps, num_samples, stop or []), prompt or "", raw)
     except KeyboardInterrupt:  # what is written is written
         raise typer.Exit(130) from None
 
 
 def _print_texts(pieces: Iterator[list[str]], prompt: str, raw: bool) -> None:
     """The first text as it grows; the others, made beside it, when all are done."""
-    others: list[str] = []
+    write, others = text_writer(raw), list[str]()
     try:
-        _write(prompt, raw)
+        write(prompt)
         for first, *rest in pieces:
-            _write(first, raw)
+            write(first)
             others = [text + piece for text, piece in zip(others or [prompt] * len(rest), rest, strict=True)]
         for text in others:
-            _write(f"\n---\n{text}", raw)
+            write(f"\n---\n{text}")
     finally:
         if sys.stdout.isatty():
             print(flush=True)
 
 
-def _write(text: str, raw: bool) -> None:
-    if text:
-        sys.stdout.write(text if raw else safe(text))
-        sys.stdout.flush()
-
-
 def _print_probabilities(
-    steps: Iterator[tuple[Tensor, Tensor]], tokenizer: Tokenizer, prompt: str, stop: str | None
+    steps: Iterator[tuple[Tensor, Tensor]], tokenizer: Tokenizer, prompt: str, stops: list[str]
 ) -> None:
     """A line a token: itself, the model's probability for it (before temperature and cuts), and the five likeliest."""
     from rich.text import Text
@@ -145,7 +142,7 @@ def _print_probabilities(
     from minigpt_cli.core.detokenize import Detokenizer
 
     console, end = stdout(), tokenizer.end_of_text
-    text = Detokenizer(tokenizer.token_bytes(), [stop] if stop else [], end)
+    text = Detokenizer(tokenizer.token_bytes(), stops, end)
     pieces = [_quoted(piece) if i != end else "<end of text>" for i, piece in enumerate(tokenizer.token_bytes())]
     if prompt:
         console.print(Text(safe(prompt)), soft_wrap=True)

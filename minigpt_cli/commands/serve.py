@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minigpt_cli.commands.console import Debug, note, size
+from minigpt_cli.commands.console import Debug, find_checkpoint, note, size
 from minigpt_cli.commands.options import CKPT, DEVICE, PRECISION
 from minigpt_cli.core.errors import MinigptError, Stopped, UserError
 
@@ -68,6 +68,7 @@ def serve(
     asked = parse_section(RuntimeConfig, {"device": device, "precision": precision}, "serve")
     require_runtime(asked)  # a device that is not there is said before a large file is read
     with StopSignals() as stop, listen(host, port) as listening:
+        ckpt = find_checkpoint(ckpt)
         checkpoint = load(ckpt, weights_only=True)
         model = checkpoint.model()
         parameters = model.parameter_counts()["total"]

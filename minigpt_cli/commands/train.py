@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minigpt_cli.commands.console import Debug, note, safe
+from minigpt_cli.commands.console import Debug, command, find_checkpoint, note, tell
 from minigpt_cli.commands.options import CONFIG, DEVICE, SETTINGS, among
 from minigpt_cli.commands.plan import Asked, plan, show_one_step
 from minigpt_cli.core.errors import Stopped, UserError
@@ -30,6 +29,10 @@ PLAN = "Plan before you pay: --dry-run --world-size N"
 def train(
     config: Annotated[str | None, CONFIG] = None,
     settings: Annotated[list[str] | None, SETTINGS] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="DIR", help="The dataset folder. [default: the config's data.path, data/input]"),
+    ] = None,
     out: Annotated[
         str | None, typer.Option("--out", help="The run folder. [default: the config's out_dir, checkpoints]")
     ] = None,
@@ -119,8 +122,8 @@ def train(
     loggers = list(dict.fromkeys(log or []))
     require(loggers)
     overrides = [parse_override(text) for text in settings or []]
-    overrides += [("out_dir", out)] if out is not None else []
-    overrides += [("runtime.device", device)] if device is not None else []
+    named = {"data.path": data, "out_dir": out, "runtime.device": device}
+    overrides += [(key, value) for key, value in named.items() if value is not None]
     if world_size is not None:
         plan(settings_of(config, overrides), asked)
         return
@@ -137,8 +140,7 @@ def _read_weights(path: Path) -> Checkpoint:
     """A checkpoint of ours, or what a folder of Hugging Face's holds."""
     from minigpt_cli.core.checkpoint import SHARDED, load
 
-    if (path / "best.safetensors").is_file():
-        raise UserError(f"{path}: a run folder; name one of its checkpoints, such as {path / 'best.safetensors'}")
+    path = find_checkpoint(path)
     if path.is_dir() and path.suffix != SHARDED:
         from minigpt_cli.extras.huggingface import read
 
@@ -172,13 +174,12 @@ def _run(job: Job, loggers: list[str], *, resume: bool, overwrite: bool, allow_d
         raise job.world.everyones(Stopped(stopped, stop.exit_code))
     if result.reason == "complete" or not job.world.leads:
         return
-    for line in verdict(result, result.metrics, job.config, len(job.dataset.train), job.n_parameters):
-        print(safe(line))
-    best = shlex.quote(str(result.best or result.last))
+    best = result.best or result.last
     if job.config.runtime.checkpoints == "sharded":
-        print(safe(f"Make one file of it: minigpt export --ckpt {best} --to file best.safetensors"))
+        more = f"Make one file of it: {command('export', '--ckpt', best, '--to', 'file', 'best.safetensors')}"
     else:
-        print(safe(f"Sample from it: minigpt sample --ckpt {best} --tokens 500"))
+        more = f"Sample from it: {command('sample', '--ckpt', best, '--tokens', 500)}"
+    tell(*verdict(result, result.metrics, job.config, len(job.dataset.train), job.n_parameters), more)
 
 
 def _logger(name: str, folder: RunFolder, job: Job, saved: Checkpoint | None, note: Callable[[str], None]) -> Listener:
@@ -194,5 +195,5 @@ def _logger(name: str, folder: RunFolder, job: Job, saved: Checkpoint | None, no
 
 def _resume_command(world: World) -> str:
     arguments = [a for a in sys.argv[1:] if a not in ("--overwrite", "--resume")]
-    program = ["minigpt"] if world.size == 1 else ["torchrun", "...", "-m", "minigpt_cli"]
-    return shlex.join([*program, *arguments, "--resume"])
+    line = command(*arguments, "--resume")
+    return line if world.size == 1 else f"torchrun ... -m minigpt_cli{line.removeprefix('minigpt')}"

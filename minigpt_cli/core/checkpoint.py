@@ -26,6 +26,7 @@ from minigpt_cli.core.config import Config, parse_config
 from minigpt_cli.core.errors import CheckpointError, MinigptError, UserError
 from minigpt_cli.core.files import MAX_JSON_BYTES, atomic_write, bounded_json, too_much_json
 from minigpt_cli.core.model import GPT, empty_model
+from minigpt_cli.core.shell import command_line
 
 FORMAT_VERSION = 1
 SHARDED = ".sharded"  # how the name of a folder ends that holds a checkpoint in parts (shards.py)
@@ -215,7 +216,8 @@ def read_header(path: Path) -> Header:
     try:
         size = path.stat().st_size
         if path.suffix == SHARDED and path.is_dir():
-            raise UserError(f"{path}: in parts; make one file of it: minigpt export --ckpt {path} --to file OUT")
+            export = command_line(["minigpt", "export", "--ckpt", path, "--to", "file", "OUT"])
+            raise UserError(f"{path}: in parts; make one file of it: {export}")
         if not path.is_file():
             raise UserError(f"{path}: not a file")
         with path.open("rb") as file:

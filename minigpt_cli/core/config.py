@@ -10,12 +10,13 @@ import difflib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from minigpt_cli.core.errors import UserError
-from minigpt_cli.core.plain_yaml import dump_yaml, parse_yaml
+from minigpt_cli.core.plain_yaml import Plain, dump_yaml, parse_yaml
 
 MAX_CONFIG_BYTES = 100_000
 
@@ -24,9 +25,46 @@ Count = Annotated[int, Field(ge=1, le=1 << 40)]
 
 
 class Section(BaseModel):
-    """A group of settings: immutable, no unknown keys, no silent conversions (a string is not a number)."""
+    """A group of settings: immutable, no unknown keys, no silent conversions (a string is not a number).
+
+    Only what was written without quotes, in YAML or after `--set`, is read by the type of its setting.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_plain(cls, document: Any) -> Any:
+        if isinstance(document, Plain):
+            return document.value()
+        if not isinstance(document, dict):
+            return document
+        return {
+            key: _read_as(cls.model_fields[key].annotation, value) if key in cls.model_fields else value
+            for key, value in document.items()
+        }
+
+
+def _read_as(annotation: Any, value: Any) -> Any:
+    """What was written plain, as a setting of this type understands it: text stays text, a count may be 1e4."""
+    if not isinstance(value, Plain):
+        return value
+    kinds, read = _kinds(annotation), value.value()
+    if kinds == {str} and value:
+        return str(value)
+    if isinstance(read, float) and int in kinds and float not in kinds and abs(read) <= 1 << 53 and read.is_integer():
+        return int(read)
+    return read
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that a setting may have; a choice of words is text."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return {type(choice) for choice in parts}
+    if origin is Annotated:
+        return _kinds(parts[0])
+    return set().union(*map(_kinds, parts)) if origin in (Union, UnionType) else {annotation}
 
 
 class DataConfig(Section):
@@ -218,11 +256,11 @@ def parse_section(section: type[SectionT], document: dict[str, Any], where: str)
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """`section.key=value` -> (dotted key, value read as YAML). Raises UserError."""
+    """`section.key=value` -> (dotted key, the value as it was typed, for the setting to read). Raises UserError."""
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
         raise UserError(f"--set {text}: write it as section.key=value, for example --set train.max_iters=100")
-    return key.strip(), parse_yaml(value, f"--set {key.strip()}")
+    return key.strip(), Plain(value)
 
 
 def config_difference(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
@@ -268,11 +306,14 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     document = parse_yaml(text, str(path))
-    if document is None:
+    if document is None or (isinstance(document, Plain) and document.value() is None):
         document = {}
     if not isinstance(document, dict):
         raise UserError(f"{path}: a config is a mapping of sections (data, model, train, runtime)")
-    return {key: value for key, value in document.items() if value is not None}  # a section commented out
+    kinds = {key: field.annotation for key, field in Config.model_fields.items()}
+    return {  # of a section that is commented out, the key is left
+        key: value for key, value in document.items() if _read_as(kinds.get(key), value) is not None
+    }
 
 
 def _assign(document: dict[str, Any], dotted: str, value: Any) -> None:

@@ -27,6 +27,7 @@ from minigpt_cli.core.dataset import DatasetMeta, InputMeta, SplitMeta, split_fi
 from minigpt_cli.core.documents import Documents, Unit
 from minigpt_cli.core.encoder import Encoded, MakeEncoder
 from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.files import names_in
 from minigpt_cli.core.folders import clear_leftovers, locked
 from minigpt_cli.core.processes import in_order, processors
 from minigpt_cli.core.textfiles import BLOCK, TextFile, find
@@ -160,7 +161,7 @@ def check_out(out: Path, force: bool) -> None:
         return
     if not out.is_dir():
         raise UserError(f"{out}: exists and is no folder; choose another folder with --out")
-    names = set(os.listdir(out))
+    names = names_in(out)
     if not names:
         return
     if not all(map(_FILES.fullmatch, names)) or "meta.json" not in names or len(names) == 1:

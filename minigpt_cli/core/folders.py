@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from minigpt_cli.core.errors import MinigptError, UserError
@@ -32,7 +32,8 @@ def locked(path: Path, holder: str) -> Iterator[None]:
     try:
         yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: a new one then starts with a new file
+        with suppress(PermissionError):  # on Windows, where releasing it removes it
+            Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: a new one then starts with a new file
         lock.release()
 
 
@@ -53,8 +54,17 @@ def publish(folder: Path, out: Path) -> None:
     old = None
     if out.is_dir():
         old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-        os.rename(out, old)  # onto the empty folder
-    os.rename(folder, out)
+        old.rmdir()  # only its name is wanted: Windows renames onto nothing
+        try:
+            os.rename(out, old)
+        except PermissionError as error:  # Windows again, where files that are open are where they are
+            raise MinigptError(f"{out}: cannot be replaced ({error.strerror}); is a program using it?") from None
+    try:
+        os.rename(folder, out)
+    except OSError:
+        if old:
+            os.rename(old, out)
+        raise
     fsync_folder(out.parent)
     if old:
         shutil.rmtree(old, ignore_errors=True)

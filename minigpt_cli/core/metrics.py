@@ -55,7 +55,7 @@ class JsonLines(Listener):
             ]
             with atomic_write(path) as file:
                 file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
-        self._file = path.open("a" if resume_at is not None else "w", encoding="utf-8")
+        self._file = path.open("a" if resume_at is not None else "w", encoding="utf-8", newline="\n")
 
     def log(self, record: Record) -> None:
         self._file.write(json.dumps(record) + "\n")

@@ -1,17 +1,52 @@
-"""YAML without surprises: plain data in and out, and what one writes the other reads."""
+"""YAML without surprises: unquoted scalars are text until it is known what they are for. Knows no settings."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
 from minigpt_cli.core.errors import UserError
 
 
+class Plain(str):
+    """A scalar as it was written, without quotes: `2024` is text for a path, and a number for a count."""
+
+    def value(self) -> Any:
+        """What it is where it may be anything: None, a bool, an int, a float, or else the text.
+
+        Numbers are decimal: 010 is ten, 1e3 a number, and 1:30 (90 in YAML 1.1) or 0x1F text.
+        """
+        text = self.strip()
+        if text in _WORDS:
+            return _WORDS[text]
+        try:
+            if _INT.fullmatch(text):
+                return int(text.replace("_", ""))
+            if _FLOAT.fullmatch(text):
+                return float(text.replace("_", "").replace(".inf", "inf").replace(".nan", "nan"))
+        except ValueError:  # more digits than Python reads
+            pass
+        return str(self)
+
+
+_INT = re.compile(r"[-+]?[0-9][0-9_]*")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan")
+_WORDS = {
+    **{cased: value for word, value in (("true", True), ("yes", True), ("on", True), ("false", False), ("no", False),
+       ("off", False), ("null", None)) for cased in (word, word.capitalize(), word.upper())},
+    "": None, "~": None,
+}  # fmt: skip
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML without surprises: no aliases (they can explode), no duplicate keys, and 1e-3 is a number."""
+    """No aliases (they can explode), no duplicate keys, no merging of mappings, and unquoted scalars as `Plain`."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        if kind is yaml.ScalarNode and implicit[0]:  # not in quotes, and without a tag
+            return _PLAIN
+        return super().resolve(kind, value, implicit)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -19,32 +54,30 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        seen: set[str] = set()
         for key_node, _ in node.value:
-            if key_node.value in seen if isinstance(key_node.value, str) else True:
-                problem = (
-                    f"the key {key_node.value!r} stands twice"
-                    if isinstance(key_node.value, str)
-                    else "a key must be a word"
-                )
-                raise yaml.MarkedYAMLError(None, None, problem, key_node.start_mark)
-            seen.add(key_node.value)
+            key = key_node.value
+            if not isinstance(key, str) or not key:
+                raise yaml.MarkedYAMLError(None, None, "a key must be a word", key_node.start_mark)
+            if key in seen:
+                raise yaml.MarkedYAMLError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
+_PLAIN = "!plain"
+_Loader.add_constructor(_PLAIN, lambda loader, node: Plain(loader.construct_scalar(cast(yaml.ScalarNode, node))))
+
+
 class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would otherwise read as a number."""
+    """Quotes text that looks like a number to others too: PyYAML alone would leave 1e-3 as it is."""
 
 
-# YAML 1.2's floats: PyYAML alone wants a dot and a sign, and reads 1e-3 as a string. Tried after the integers.
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$"), list("-+.0123456789")
-    )
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """YAML text -> plain data. Raises UserError with the line at fault."""
+    """YAML text -> plain data, in which unquoted scalars are `Plain`. Raises UserError with the line at fault."""
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader: plain data only
     except yaml.MarkedYAMLError as error:
@@ -62,5 +95,5 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def dump_yaml(document: object) -> str:
-    """Plain data -> YAML text that `parse_yaml` reads back to equal data."""
+    """Plain data -> YAML text. Text comes back as it is; read numbers, words and null with `Plain.value`."""
     return yaml.dump(document, Dumper=_Dumper, sort_keys=False)

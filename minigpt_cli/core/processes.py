@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from minigpt_cli.core.errors import MinigptError
+from minigpt_cli.core.files import WINDOWS
 
+MOST_ON_WINDOWS = 61  # handles that it waits for at once
 WAITING = 3  # items on their way for each process: a long one holds up the results, but not the others
 
 Item = TypeVar("Item")
@@ -38,6 +40,7 @@ def in_order(
     if workers < 2:
         yield from map(make(), items)
         return
+    workers = min(workers, MOST_ON_WINDOWS) if WINDOWS else workers
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (make,))
     waiting: deque[Future[Any]] = deque()
     try:
@@ -60,6 +63,8 @@ def in_order(
 
 def _begin(make: Callable[[], Callable[[Any], Any]]) -> None:
     global _function
+    if not hasattr(signal, "pthread_sigmask"):  # Windows, where Ctrl-C goes to every process of the window
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process is one of as many as there are processors
     _function = make()

@@ -144,6 +144,14 @@ def _step_of(path: Path) -> float:
         return math.inf
 
 
+def checkpoint_in(path: Path) -> Path:
+    """Of a run folder its best checkpoint, or where there is none its last; any other path as it is."""
+    if os.path.isdir(path) and path.suffix != SHARDED:
+        folder = RunFolder(path)
+        return folder.newest_of("best") or folder.newest_of("last") or path
+    return path
+
+
 def remove(path: Path) -> None:
     """A file, or a folder and all that is in it, if it is there. A checkpoint is there whole, or not by its name."""
     if path.is_dir():

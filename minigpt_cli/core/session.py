@@ -73,13 +73,13 @@ class Job:
 
 def settings_of(config: str | None, overrides: Sequence[tuple[str, Any]]) -> Config:
     """The settings by name. `config` None: those of the run in `out_dir`. Raises UserError."""
-    chosen = load_config(config, overrides)
     if config is not None:
-        return chosen
-    file = Path(chosen.out_dir, "config.yaml")
+        return load_config(config, overrides)
+    out_dir = load_config(None, [(key, value) for key, value in overrides if key == "out_dir"]).out_dir
+    file = Path(out_dir, "config.yaml")
     if not file.is_file():
         raise UserError(f"{file.parent}: no run to resume (there is no config.yaml); start one with --config")
-    return load_config(str(file), [("out_dir", chosen.out_dir), *overrides])
+    return load_config(str(file), [("out_dir", out_dir), *overrides])
 
 
 def make_job(

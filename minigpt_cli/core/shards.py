@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -32,7 +31,7 @@ from minigpt_cli.core.checkpoint import (
 )
 from minigpt_cli.core.config import parse_config
 from minigpt_cli.core.errors import CheckpointError, MinigptError, UserError
-from minigpt_cli.core.files import MAX_JSON_BYTES, TEMPORARY, atomic_write, bounded_json, fsync_folder
+from minigpt_cli.core.files import MAX_JSON_BYTES, TEMPORARY, atomic_write, bounded_json, fsync_file, fsync_folder
 from minigpt_cli.core.world import World
 
 HEADER = "header.json"
@@ -171,8 +170,8 @@ def gathered(folder: Path) -> Checkpoint:
 
 def _durable_sha256(file: Path) -> str:
     """The file's sha256, once it is on the disk."""
+    fsync_file(file)
     with open(file, "rb") as opened:
-        os.fsync(opened.fileno())
         digest = hashlib.sha256()
         while block := opened.read(1 << 20):
             digest.update(block)

@@ -9,8 +9,9 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-# What terminals and schedulers send. SIGINT is Ctrl-C; some of the others do not exist on every system.
-STOP_SIGNALS = [s for s in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, s)]
+# What terminals and schedulers send. SIGINT is Ctrl-C; SIGBREAK is what Windows sends for Ctrl-Break and when a window
+# is closed. Not all of them exist on every system.
+STOP_SIGNALS = [s for s in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGBREAK") if hasattr(signal, s)]
 
 
 class StopSignals:

@@ -9,6 +9,7 @@ from minigpt_cli.core.config import Config, ModelConfig, parse_section
 from minigpt_cli.core.dataset import Dataset
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.model import empty_model
+from minigpt_cli.core.shell import command_line
 from minigpt_cli.core.tokenizer import same_ids
 
 DROPOUTS = ("dropout", "dropout_attn", "dropout_proj", "dropout_mlp")
@@ -45,7 +46,7 @@ def require_tokenizer_of(source: Checkpoint, dataset: Dataset) -> None:
     if not same_ids(dataset.meta.tokenizer, source.tokenizer.to_json()):
         raise UserError(
             f"{dataset.folder} was prepared with another tokenizer than {source.path} has; prepare the text for it: "
-            f"minigpt prepare TEXT --out DIR --tokenizer {source.path}"
+            f"{command_line(['minigpt', 'prepare', 'TEXT', '--out', 'DIR', '--tokenizer', source.path])}"
         )
 
 

@@ -7,6 +7,7 @@ documents, of which `documents.py` knows. It knows nothing of tokenizers or data
 from __future__ import annotations
 
 import codecs
+import errno
 import glob
 import gzip
 import os
@@ -19,6 +20,7 @@ from typing import IO, Any
 
 from minigpt_cli.core.background import Sha256
 from minigpt_cli.core.errors import MinigptError, UserError
+from minigpt_cli.core.files import is_clutter
 
 BLOCK = 1 << 19  # bytes read at a time: what is made of them stays in the processor's cache
 _SNIFF = 8192
@@ -217,7 +219,9 @@ def _expand(argument: Path) -> list[Path]:
         return [argument]
     except ValueError:  # a NUL byte in the name
         raise UserError(f"{argument!s}: no such file or folder") from None
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError) and error.errno != errno.EINVAL:
+            raise  # the last is what Windows says of a name with * or ? in it
         matches = (
             [Path(m) for m in sorted(glob.glob(str(argument), recursive=True))] if glob.has_magic(str(argument)) else []
         )
@@ -239,11 +243,10 @@ def _folder(folder: Path, notes: list[str]) -> list[TextFile]:
             notes.append(f"{Path(where).relative_to(folder.parent)}: a prepared dataset, skipped")
             folders.clear()
             continue
-        skipped += [
-            Path(where, name).relative_to(folder).as_posix() for name in folders + names if name.startswith(".")
-        ]
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths += [Path(where, name) for name in names if not name.startswith(".")]
+        hidden = {name for name in folders + names if name.startswith(".") or is_clutter(name)}
+        skipped += [Path(where, name).relative_to(folder).as_posix() for name in folders + names if name in hidden]
+        folders[:] = [name for name in folders if name not in hidden]
+        paths += [Path(where, name) for name in names if name not in hidden]
     files: list[TextFile] = []
     for path in sorted(paths, key=lambda p: p.relative_to(folder).parts):
         name = path.relative_to(folder).as_posix()

@@ -86,7 +86,7 @@ class SplitWriter:
         if tokens <= self.limit:
             only = self.folder / shard_name(self.split, None)
             first = self.folder / shard_name(self.split, 0)
-            first.rename(only) if tokens else only.touch()
+            first.replace(only) if tokens else only.touch()
             return None
         return [min(self.limit, tokens - start) for start in range(0, tokens, self.limit)]
 
@@ -101,7 +101,7 @@ class SplitWriter:
         """Keep as many tokens as are counted, and drop what was written after them."""
         tokens = self.counts["tokens"]
         if (whole := self.folder / shard_name(self.split, None)).exists():  # killed between `finish` and the end
-            whole.rename(self.folder / shard_name(self.split, 0))
+            whole.replace(self.folder / shard_name(self.split, 0))
         for path in list(self.folder.glob(f"{self.split}-*.bin")):
             if int(path.stem.rpartition("-")[2]) * self.limit >= tokens:
                 path.unlink()

@@ -5,7 +5,7 @@ Shapes: B texts side by side, P prompt, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -45,10 +45,10 @@ class Writer:
             generator=generator, exact_window=exact_window, record=record, note=note,
         )  # fmt: skip
 
-    def pieces(self, steps: Iterator[tuple[Tensor, Tensor]], count: int, stop: str | None) -> Iterator[list[str]]:
-        """What each of `count` texts has grown by, step after step: whole UTF-8, and nothing from `stop` on."""
+    def pieces(self, steps: Iterator[tuple[Tensor, Tensor]], count: int, stops: Sequence[str]) -> Iterator[list[str]]:
+        """What each of `count` texts has grown by, step after step: whole UTF-8, up to the first of `stops`."""
         known = self.tokenizer.token_bytes()
-        texts = [Detokenizer(known, [stop] if stop else [], self.tokenizer.end_of_text) for _ in range(count)]
+        texts = [Detokenizer(known, stops, self.tokenizer.end_of_text) for _ in range(count)]
         for ids in read_back(steps, self.runtime.read_every):
             for text, token in zip(texts, ids, strict=True):
                 text.add(token)
@@ -59,8 +59,8 @@ class Writer:
 
 
 def checked_sampling(
-    tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int | None, stop: str | None,
-    spell: Callable[[str], str] = str,
+    tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int | None,
+    stops: Sequence[str], spell: Callable[[str], str] = str,
 ) -> Sampling:  # fmt: skip
     """How to choose tokens. Raises UserError for what makes no sense; `spell` makes a parameter's name the caller's."""
     wrong = [
@@ -72,7 +72,7 @@ def checked_sampling(
         (top_k is not None and top_k < 1, f"{spell('top_k')} {top_k}: at least 1"),
         (top_p is not None and not 0 < top_p <= 1, f"{spell('top_p')} {top_p}: above 0, at most 1"),
         (seed is not None and not 0 <= seed < 1 << 63, f"{spell('seed')} {seed}: from 0 to 2^63 - 1"),
-        (stop == "", f"{spell('stop')}: the text to stop at is empty"),
+        ("" in stops, f"{spell('stop')}: the text to stop at is empty"),
     ]
     for is_wrong, message in wrong:
         if is_wrong:

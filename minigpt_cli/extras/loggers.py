@@ -85,10 +85,12 @@ class Logger(Listener):
         self._stderr.close()
 
     def _start(self) -> None:
-        """In a session of its own: a Ctrl-C is for the run, which ends the logger when it has saved."""
+        """In a session or, on Windows, a group of its own: a Ctrl-C is for the run, which ends the logger when it has
+        saved."""
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, self._name],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._stderr, start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )  # fmt: skip
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(self._hello).encode() + b"\n")

@@ -61,6 +61,7 @@ def test_every_name_is_there_and_described() -> None:
         ({}, []),
         ({"temperature": 0.7, "top_k": 5}, ["--temperature", "0.7", "--top-k", "5"]),
         ({"top_p": 0.8, "stop": "the"}, ["--top-p", "0.8", "--stop", "the"]),
+        ({"stop": ("q", "the")}, ["--stop", "q", "--stop", "the"]),
         ({"temperature": 0}, ["--temperature", "0"]),
     ],
 )
@@ -114,6 +115,7 @@ def test_what_a_model_tells_of_itself(model: Model) -> None:
         ({"top_p": 1.1}, "top_p 1.1"),
         ({"seed": -1}, "seed -1"),
         ({"stop": ""}, "stop: the text to stop at is empty"),
+        ({"stop": ["a", ""]}, "stop: the text to stop at is empty"),
         ({"prompt": "ß"}, "not in the vocabulary"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pty
 import re
@@ -15,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from clock import PATIENCE, cpu_seconds_of
-from commands.conftest import TINY, call, command, environment, on_a_terminal, run
+from commands.conftest import TINY, call, command, environment, on_a_terminal, run, sets, wait_for
 from minigpt_cli import __version__
 from minigpt_cli.commands import console, options
-from minigpt_cli.core import session
+from minigpt_cli.core import checkpoint, session
 
 COMMANDS = ["prepare", "train", "sample", "eval", "bench", "inspect", "info", "serve", "export", "import"]
 HEAVY = {"torch", "numpy", "rich", "pydantic", "yaml", "matplotlib", "tokenizers", "safetensors"}
@@ -217,15 +218,41 @@ def test_sizes(n: float, text: str) -> None:
     assert console.size(n) == text
 
 
-def test_an_ascii_locale_spells_out_what_it_cannot_print(polyglot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(polyglot)
-    done = run(
-        "sample", "--ckpt", "char/last.safetensors", "--tokens", "40", "--seed", "1",
+def test_a_terminal_of_ascii_has_what_it_cannot_print_spelled_out(polyglot: Path) -> None:
+    code, shown = on_a_terminal(
+        "sample", "--ckpt", polyglot / "char/last.safetensors", "--tokens", "40", "--seed", "1",
         LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii",
     )  # fmt: skip
-    assert (done.code, done.err) == (0, "")
-    assert done.out.isascii()
-    assert "\\u6771\\u4eac" in done.out
+    assert (code, shown.isascii()) == (0, True)
+    assert "\\u6771\\u4eac" in shown
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_tables_notes_and_json_come_whatever_the_locale_has(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "\u05e9\u05dc\u05d5\u05dd é"  # of which cp1252 has the last letter
+    shutil.copytree(finished / "data/input", name)
+    spelled = "\\u05e9\\u05dc\\u05d5\\u05dd " + ("é" if encoding == "cp1252" else "\\xe9")
+    old = {"PYTHONUTF8": "1", "PYTHONIOENCODING": encoding}
+    for arguments in (["info", name], ["info", name, "--json"], ["info", f"{name}/meta.json"], ["info", "no\u05e9"]):
+        done = subprocess.run(command(*arguments), env=environment(**old), capture_output=True)
+        out, err = done.stdout.decode(encoding), done.stderr.decode(encoding)
+        assert "Traceback" not in err
+        if arguments[-1] == name:
+            assert (done.returncode, err) == (0, "")
+            assert spelled in out
+            assert "tokens" in out
+        elif "--json" in arguments:
+            assert json.loads(out)["tokenizer"]["kind"] == "char"
+        else:
+            assert done.returncode in (1, 2)
+            assert "\\u05e9" in err
+    older = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # where names are bytes, too
+    done = subprocess.run(command("info", name), env=environment(**older), capture_output=True, check=True)
+    assert done.stdout.isascii()
+    assert done.stderr == b""
 
 
 @pytest.mark.slow
@@ -274,6 +301,30 @@ def test_closed_streams_do_not_stop_a_run(here: Path, closed: str) -> None:
         assert done.returncode == 0
     checked = call("eval", "--ckpt", "deaf/last.safetensors", "--json")
     assert checked.code == 0, checked.err
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_a_finished_run_whose_terminal_is_gone_ends_well(here: Path, term: str) -> None:
+    """As in a session that was detached: no signal comes, and writing fails (EIO)."""
+    leader, follower = pty.openpty()
+    child = subprocess.Popen(
+        command("train", "--config", "gpt", *TINY, *sets(train__max_iters=200), "--out", "alone"),
+        env=environment(TERM=term), stdin=follower, stdout=follower, stderr=follower, start_new_session=True,
+    )  # fmt: skip
+    os.close(follower)
+    wait_for((here / "alone/best.safetensors").exists, "the first evaluation")
+    os.close(leader)
+    assert child.wait(timeout=60) == 0
+    assert checkpoint.load(here / "alone/last.safetensors").header.step == 200
+
+
+@pytest.mark.parametrize("streams", ["| true", "2>&1 | true", "2>&1 >/dev/null | true"])
+def test_a_run_that_nobody_listens_to_ends_well(here: Path, streams: str) -> None:
+    words = " ".join(command("train", "--config", "gpt", *TINY, "--out", "alone"))
+    script = f"({words}; echo $? >code) {streams}"
+    subprocess.run(["sh", "-c", script], env=environment(), capture_output=True, check=True)
+    assert (here / "code").read_text() == "0\n"
+    assert checkpoint.load(here / "alone/last.safetensors").header.step == 20
 
 
 def test_a_full_disk_under_stdout_is_an_error_and_said_once(here: Path) -> None:

@@ -32,7 +32,7 @@ def new(here: Path) -> Path:
     done = call("prepare", "new.txt", "--tokenizer", "checkpoints/best.safetensors")
     assert done.code == 0, done.err
     assert done.out.splitlines()[-1] == (
-        "Next: minigpt train --config finetune --init-from checkpoints/best.safetensors --set data.path=data/new"
+        "Next: minigpt train --config finetune --init-from checkpoints/best.safetensors --data data/new"
     )
     return here
 
@@ -96,7 +96,6 @@ def test_a_source_that_never_gets_better_stays_the_best(new: Path) -> None:
         (["--config", "gpt"], ["describes another model", "model.n_layer: 6, there 1", "--config finetune"]),
         (["--set", "model.block_size=32"], ["block_size 32 is more than the 16 tokens"]),
         (["--set", "data.path=data/own"], ["another tokenizer", "prepare TEXT --out DIR --tokenizer checkpoints/best"]),
-        (["--init-from", "checkpoints"], ["a run folder", "checkpoints/best.safetensors"]),
         (["--init-from", "nowhere.safetensors"], ["nowhere.safetensors: no such checkpoint"]),
         (["--init-from", "new.txt"], ["new.txt: not a checkpoint"]),
     ],

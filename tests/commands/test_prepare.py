@@ -58,7 +58,7 @@ def test_a_text_becomes_a_dataset(run: Run, tmp_path: Path) -> None:
 def test_the_next_command_names_the_folder(run: Run, tmp_path: Path) -> None:
     done = run("input.txt", "--out", "my data/Käse", "--tokenizer", "bpe", "--vocab-size", "4000")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "Next: minigpt train --config cpu --set data.path='my data/Käse'"
+    assert done.stdout.splitlines()[-1] == "Next: minigpt train --config cpu --data 'my data/Käse'"
     assert "BPE found" in done.stderr
 
 

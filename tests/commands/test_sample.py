@@ -19,7 +19,11 @@ import torch
 
 from clock import PATIENCE
 from commands.conftest import TINY, Done, call, command, environment, on_a_terminal, run, sets
+from minigpt_cli import generate, load
 from minigpt_cli.core import checkpoint
+from minigpt_cli.core.config import parse_config
+from minigpt_cli.core.model import GPT
+from minigpt_cli.core.tokenizer import ByteTokenizer, CharTokenizer
 
 BEST = "checkpoints/best.safetensors"
 
@@ -213,6 +217,20 @@ def test_the_text_ends_before_the_stop_text(here: Path) -> None:
     assert text_of(sample("--prompt", "the ", "--seed", 1, "--tokens", 200, "--stop", "zzz")) == whole
 
 
+def test_every_stop_that_is_given_counts(here: Path) -> None:
+    whole = text_of(sample("--prompt", "the ", "--seed", 1, "--tokens", 200))[4:]
+    first, second = whole[60:63], whole[20:23]
+    at = min(whole.index(first), whole.index(second))
+    for stops in ([first, second], [second, first], ["zzz", first, second, "zzz"]):
+        options = [word for stop in stops for word in ("--stop", stop)]
+        assert text_of(sample("--prompt", "the ", "--seed", 1, "--tokens", 200, *options))[4:] == whole[:at]
+        model = load(BEST, device="cpu")
+        assert generate(model, "the ", seed=1, tokens=200, stop=stops) == whole[:at]
+    shown = text_of(sample("--show-probs", "--seed", 1, "--tokens", 200, "--stop", "zzz", "--stop", "e")).splitlines()
+    assert shown[-1].startswith("'e' ")
+    assert "--stop: the text to stop at is empty" in sample("--stop", "a", "--stop", "").error
+
+
 def test_every_sample_has_its_own_stop(here: Path) -> None:
     arguments = ["--num-samples", 3, "--seed", 1, "--tokens", 80]
     whole = text_of(sample(*arguments)).split("\n---\n")
@@ -223,13 +241,71 @@ def test_every_sample_has_its_own_stop(here: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
-def test_raw_text_is_exact_and_other_text_is_safe(polyglot: Path, kind: str) -> None:
+def test_text_is_exact_in_a_pipe_and_safe_on_a_terminal(polyglot: Path, kind: str) -> None:
     arguments = ["sample", "--ckpt", polyglot / kind / "last.safetensors", "--prompt", "Zeile eins", "--temperature", 0]
-    raw = text_of(call(*arguments, "--tokens", 200, "--raw"))
-    assert "über 東京 😀\r\nund zwei \x1b[31mrot\x1b[0m\tTab\x07\r\n" in raw
-    safe = text_of(call(*arguments, "--tokens", 200))
-    assert not set(safe) & {"\x1b", "\x07"}
-    assert safe.replace("\\x1b", "\x1b").replace("\\x07", "\x07") == raw
+    text = text_of(call(*arguments, "--tokens", 200))
+    assert "über 東京 😀\r\nund zwei \x1b[31mrot\x1b[0m\tTab\x07\r\n" in text
+    assert text_of(call(*arguments, "--tokens", 200, "--raw")) == text
+    code, shown = on_a_terminal(*arguments, "--tokens", 200)
+    assert code == 0
+    assert not set(shown) & {"\x1b", "\x07"}
+    as_it_is = shown.replace("\\x1b", "\x1b").replace("\\x07", "\x07")
+    assert as_it_is.replace("\r", "") == text.replace("\r", "") + "\n"  # the terminal adds some of its own
+    code, shown = on_a_terminal(*arguments, "--tokens", 200, "--raw")
+    assert (code, "\x1b[31mrot" in shown) == (0, True)
+
+
+SIGNS = "\x0c\u200f\r\n\t\x1b\x00é\u05e9\u20ac😀\ufeff\u2028x"
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """chars.safetensors, which writes all of SIGNS in any order; bytes.safetensors, which writes any bytes."""
+    folder = tmp_path_factory.mktemp("untrained")
+    for kind, name in (("char", "chars"), ("byte", "bytes")):
+        tokenizer = CharTokenizer("".join(sorted(SIGNS))) if kind == "char" else ByteTokenizer()
+        torch.manual_seed(3)
+        model = GPT(parse_config({"model": {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8}}, "").model,
+                    tokenizer.vocab_size)  # fmt: skip
+        header = {
+            "config": {"model": model.config.model_dump()}, "tokenizer": tokenizer.to_json(), "step": 0,
+            "tokens_seen": 0, "val_loss": None, "dataset_fingerprint": "", "progress": checkpoint.Progress(),
+        }  # fmt: skip
+        weights = {f"model.{key}": tensor for key, tensor in model.state_dict().items()}
+        checkpoint.save(folder / f"{name}.safetensors", weights, header)
+    return folder
+
+
+LOCALES: list[dict[str, str]] = [
+    {},
+    {"PYTHONIOENCODING": "cp1252"},
+    {"PYTHONIOENCODING": "ascii"},
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+]
+
+
+@pytest.mark.parametrize("locale", LOCALES, ids=str)
+@pytest.mark.parametrize("name", ["chars", "bytes"])
+def test_a_file_holds_what_the_model_wrote_byte_for_byte(
+    untrained: Path, tmp_path: Path, name: str, locale: dict[str, str]
+) -> None:
+    path = untrained / f"{name}.safetensors"
+    expected = "x" + generate(load(path, device="cpu"), "x", tokens=600, seed=4)
+    assert set(SIGNS if name == "chars" else "\x0c\r\n\x1b\x00\ufffd") <= set(expected)
+    assert re.search("\r(?!\n)", expected)
+    arguments = ("sample", "--ckpt", path, "--prompt", "x", "--tokens", 600, "--seed", 4, "--device", "cpu")
+    with open(tmp_path / "text", "wb") as file:
+        done = subprocess.run(command(*arguments), env=environment(**locale), stdout=file, stderr=subprocess.PIPE)
+    assert done.returncode == 0
+    assert (tmp_path / "text").read_bytes() == expected.encode()
+    if not locale:
+        assert run(*arguments).out == expected  # a pipe
+
+
+def test_a_terminal_that_has_no_such_letter_has_it_spelled_out(untrained: Path) -> None:
+    arguments = ("sample", "--ckpt", untrained / "chars.safetensors", "--tokens", 300, "--seed", 4)
+    code, shown = on_a_terminal(*arguments, PYTHONIOENCODING="cp1252")
+    assert (code, shown.isascii()) == (0, False)  # é and the euro sign are in cp1252
 
 
 @pytest.mark.parametrize("kind", ["byte", pytest.param("bpe", marks=pytest.mark.slow)])
@@ -422,17 +498,19 @@ def test_metadata_cannot_drive_the_terminal(here: Path) -> None:
     rewrite(here / BEST, change)
     (here / f"text{EVIL}.txt").write_text("kingandqueen")
     for arguments in (
-        ["sample", "--tokens", 300], ["sample", "--tokens", 300, "--show-probs"], ["sample", "--prompt", "!"], ["eval"],
+        ["sample", "--tokens", 300, "--show-probs"], ["sample", "--prompt", "!"], ["eval"],
         ["eval", "--data", "data/input"], ["eval", "--data", f"text{EVIL}.txt"],
         ["eval", "--data", f"text{EVIL}.txt", "--json"],
     ):  # fmt: skip
         done = call(arguments[0], "--ckpt", BEST, *arguments[1:])
         assert done.code in (0, 2), done.err
         assert not set(done.out + done.err) & set(EVIL[0] + "\x07\x9b\u202e"), arguments
-    on_terminal = on_a_terminal("eval", "--ckpt", BEST, "--data", f"text{EVIL}.txt")
-    assert on_terminal[0] == 0
-    assert "\x1b]0;" not in on_terminal[1]
-    assert "\x07" not in on_terminal[1]
+    for words in (["eval", "--data", f"text{EVIL}.txt"], ["sample", "--tokens", "300"]):
+        code, shown = on_a_terminal(words[0], "--ckpt", BEST, *words[1:])
+        assert code == 0
+        assert "\x1b]0;" not in shown
+        assert "\x07" not in shown
+        assert words[0] == "eval" or ("\\x1b" in shown and "\x1b" not in shown)
 
 
 def test_a_setting_of_nonsense_in_the_metadata_is_a_damaged_file(here: Path) -> None:

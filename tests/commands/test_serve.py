@@ -59,6 +59,12 @@ def test_without_the_libraries_it_says_what_to_install(here: Path, monkeypatch: 
     assert "pip install 'minigpt[serve]'" in done.error
 
 
+def test_a_run_folder_is_served_by_its_best_checkpoint(finished: Path, tmp_path: Path) -> None:
+    with started(finished / "checkpoints", errors=tmp_path / "stderr") as server:
+        assert server.fetch("GET", "/v1/models").json["data"][0]["id"] == "best"
+    assert f"{finished / 'checkpoints'}: using best.safetensors\n" in (tmp_path / "stderr").read_text()
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_told_to_stop_it_finishes_what_runs_and_then_ends(
     finished: Path, tmp_path: Path, number: signal.Signals, code: int

@@ -157,6 +157,20 @@ def test_a_finished_run_says_so_and_more_steps_go_on(here: Path) -> None:
     assert [r["step"] for r in records if "train_loss" in r] == [10, 20, 30]
 
 
+def test_the_remedy_for_memory_is_taken_by_a_run_that_knows_its_own_batch(here: Path) -> None:
+    """Without --config, --set is checked against the run's settings, not against the defaults (a batch of 64)."""
+    assert train("--out", "wide", *sets(train__batch_size=100, train__max_iters=2)).code == 0
+    small = sets(train__micro_batch_size=50, train__max_iters=3)
+    done = call("train", "--resume", "--out", "wide", *small)
+    assert done.code == 0, done.err
+    assert checkpoint.load("wide/last.safetensors").config.train.accumulation == 2
+    refused = call("train", "--resume", "--out", "wide", *sets(train__micro_batch_size=64))
+    assert refused.code == 2
+    assert "--set: train: batch_size 100 cannot be split into micro batches of 64; try 50 or 100" in refused.error
+    named = call("train", "--resume", *small, *sets(out_dir="wide", train__min_lr=4e-4, train__learning_rate=5e-4))
+    assert named.code == 0, named.err
+
+
 def test_resuming_as_another_model_or_on_other_data_is_refused(here: Path) -> None:
     done = train("--resume", *sets(model__n_layer=2, train__max_iters=30))
     assert done.code == 2
@@ -598,7 +612,7 @@ def test_a_folder_name_from_a_config_cannot_drive_a_terminal(here: Path) -> None
     done = call("train", "--config", "evil.yaml", *TINY)
     assert done.code == 0, done.err
     assert "\x1b" not in done.out + done.err
-    assert "\\x1b]0;title" in done.out
+    assert "\\033]0;title" in done.out
 
 
 def test_a_token_that_the_vocabulary_lacks_is_found_before_the_first_step(here: Path) -> None:

@@ -416,6 +416,26 @@ def test_what_may_be_replaced(tmp_path: Path, text_file: Callable[..., Path]) ->
         prepare([path], tmp_path / "loop", force=True)
 
 
+CLUTTER = [".DS_Store", "._train.bin", "Thumbs.db", "desktop.ini", "Desktop.ini", ".directory", "Icon\r", ".nfs00a2"]
+
+
+@pytest.mark.parametrize("name", CLUTTER)
+def test_what_file_managers_leave_stops_nobody_and_is_no_text(
+    tmp_path: Path, text_file: Callable[..., Path], name: str
+) -> None:
+    path = text_file(PROSE, "d/a.txt")
+    text_file("[.ShellClassInfo]", f"d/{name}")
+    text_file("", f"out/{name}")
+    assert "".join(texts(make(tmp_path, path))) == PROSE  # as if the folder were empty
+    text_file("", f"out/{name}")
+    second = make(tmp_path, tmp_path / "d", tokenizer="byte", force=True)
+    assert [file.name for file in second.meta.inputs] == ["a.txt"]
+    assert name not in os.listdir(second.out)
+    (second.out / name).mkdir()  # that is somebody's
+    with pytest.raises(UserError, match="holds other files and is never replaced"):
+        make(tmp_path, path, force=True)
+
+
 def test_the_folder_is_as_open_as_any_other(tmp_path: Path, text_file: Callable[..., Path]) -> None:
     (tmp_path / "other").mkdir()
     assert make(tmp_path, text_file(PROSE)).out.stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -253,6 +253,8 @@ def test_a_folder_appears_whole_and_replaces_only_an_export(tmp_path: Path, tiny
     (out / "README.md").write_text("mine")
     write(saved, out, force=True)
     assert (out / "README.md").read_text() != "mine"
+    (out / ".DS_Store").touch()
+    write(saved, out, force=True)
     (out / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="other files and is never replaced"):
         write(saved, out, force=True)

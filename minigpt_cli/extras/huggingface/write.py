@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from minigpt_cli.core.checkpoint import MODEL, Checkpoint
 from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.files import names_in
 from minigpt_cli.core.folders import clear_leftovers, locked, published
 from minigpt_cli.extras.huggingface import vocabulary, weights
 from minigpt_cli.extras.huggingface.architectures import ARCHITECTURES
@@ -70,7 +71,7 @@ def check_folder(folder: Path, force: bool) -> None:
             return
         if not folder.is_dir():
             raise UserError(f"{folder}: exists and is no folder; name another")
-        names = set(os.listdir(folder))
+        names = names_in(folder)
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}") from None
     if names - FILES or (names and "config.json" not in names):
