@@ -131,7 +131,7 @@ def on_a_terminal(*arguments: object, **changes: str) -> tuple[int, str]:
             break
         shown += piece
     os.close(leader)
-    return child.wait(timeout=PATIENCE), shown.decode()
+    return child.wait(timeout=PATIENCE), shown.decode(changes.get("PYTHONIOENCODING", "utf-8"))
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
