@@ -24,7 +24,6 @@ Record = Callable[[Callable[[], None]], Callable[[], None]]  # work -> what does
 
 CHECK_EVERY = 32  # tokens, on a GPU: until then nobody waits for it
 ONE_THREAD_PARAMETERS = 32_000_000  # up to here one CPU thread decodes a float32 stream about as fast as several
-WARM_UP = 3  # tokens before the first recording: libraries prepare themselves at a first call
 GREEDY_BELOW = 1e-5  # a temperature under this is greedy: dividing by it would overflow
 
 
@@ -73,7 +72,7 @@ def generate(
                 new_BT = torch.cat(list(context)[-kept:], dim=1)
             single = new_BT.shape[1] == 1
             logits_BV = None
-            if recorded and single and n > WARM_UP:
+            if recorded and single:
                 try:
                     logits_BV = recorded(new_BT)
                 except RuntimeError as error:
@@ -109,7 +108,8 @@ def read_back(steps: Iterator[tuple[Tensor, Tensor]], every: int) -> Iterator[li
 class RecordedStep:
     """One token more for each stream, as work on tensors that stay in place, which a GPU replays by itself.
 
-    Attention looks at the cache's first 64, 128, 256, ... slots, with a recording for each, but not at empty ones.
+    Attention looks at the cache's first 64, 128, 256, ... slots, with a recording for each, but not at empty ones. The
+    first token of each is computed without: libraries prepare themselves at a first call, which must not be recorded.
     """
 
     def __init__(self, model: GPT, cache: KVCache, streams: int, record: Record) -> None:
@@ -119,6 +119,7 @@ class RecordedStep:
         self.position_B = torch.zeros(streams, dtype=torch.long, device=device)
         self.logits_BV = torch.zeros(streams, model.vocab_size, device=device)
         self.replays: dict[int, Callable[[], None]] = {}
+        self.warm: set[int] = set()
 
     def __call__(self, ids_B1: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """What the model makes of these ids: logits (B, V). The cache grows by one token.
@@ -127,14 +128,15 @@ class RecordedStep:
         """
         longest = self.cache.length if lengths is None else max(lengths)
         reach = min(self.model.config.block_size, max(64, 1 << longest.bit_length()))
-        if reach not in self.replays:
+        if reach in self.warm and reach not in self.replays:
             self.replays[reach] = self.record(lambda: self._work(reach))
         self.ids_B1.copy_(ids_B1)
         if lengths is None:
             self.position_B.fill_(longest)
         else:
             self.position_B.copy_(torch.tensor(lengths))
-        self.replays[reach]()
+        self.replays.get(reach, lambda: self._work(reach))()
+        self.warm.add(reach)
         self.cache.length += 1
         return self.logits_BV.clone()
 

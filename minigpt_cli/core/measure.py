@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,20 +77,33 @@ def measure_training(
 def measure_decoding(
     config: Config, vocab_size: int, runtime: Runtime, *, streams: int, tokens: int, max_seconds: float
 ) -> float:
-    """Tokens per second, over all streams, of a fresh model sampling from a one-token prompt, as `sample` does."""
+    """Tokens per second, over all streams, of a fresh model sampling from a one-token prompt, as `sample` does.
+
+    The time in which steps are recorded is left out.
+    """
     model = for_decoding(GPT(config.model, vocab_size).to(runtime.device), runtime)
     prompt = torch.zeros(streams, 1, dtype=torch.long, device=runtime.device)
     for _ in generate(model, prompt, 4, Sampling()):  # warm up
         pass
+    recording = 0.0
+
+    def record(work: Callable[[], None]) -> Callable[[], None]:
+        nonlocal recording
+        runtime.synchronize()
+        begin = time.perf_counter()
+        replay = runtime.record(work)
+        recording += time.perf_counter() - begin
+        return replay
+
     runtime.synchronize()
     start, made = time.perf_counter(), 0
-    record = runtime.record if runtime.records else None
-    for _ in read_back(generate(model, prompt, tokens, Sampling(), record=record), runtime.read_every):
+    steps = generate(model, prompt, tokens, Sampling(), record=record if runtime.records else None)
+    for _ in read_back(steps, runtime.read_every):
         made += 1
         if time.perf_counter() - start > max_seconds:
             break
     runtime.synchronize()
-    return made * streams / (time.perf_counter() - start)
+    return made * streams / (time.perf_counter() - start - recording)
 
 
 def random_tokens(n: int, vocab_size: int) -> Tokens:

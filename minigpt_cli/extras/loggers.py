@@ -116,6 +116,9 @@ class Logger(Listener):
 
 
 class Sink(Protocol):
+    def lacks(self, record: Record) -> bool:
+        """Whether a line of metrics.jsonl is not in what earlier sessions wrote."""
+
     def log(self, record: Record) -> None:
         """A line of metrics.jsonl."""
 
@@ -129,23 +132,27 @@ class TensorBoard:
     """Event files in logs/tensorboard: scalars by step, losses by tokens too, samples and the settings as text.
 
     A resumed run writes a new file in the same folder, which tells TensorBoard to forget what the old ones say of later
-    steps.
+    steps; of the step itself too, if it is yet to be evaluated.
     """
 
-    def __init__(self, logs: Path, config: Mapping[str, Any], resume_at: int | None, tokens_seen: int) -> None:
+    def __init__(
+        self, logs: Path, config: Mapping[str, Any], resume_at: int | None, evaluated: bool, tokens_seen: int
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
         folder = logs / "tensorboard"
-        self.is_new = not folder.is_dir()
-        goes_on = resume_at is not None and not self.is_new
-        purge_step = (resume_at or 0) + 1 if goes_on else None
-        self._by_step = cast(Any, SummaryWriter(folder, purge_step=purge_step))  # its annotations leave things open
-        self._by_tokens = SummaryWriter(folder / "by_tokens", purge_step=tokens_seen + 1 if goes_on else None)
+        goes_on = resume_at is not None and folder.is_dir()
+        self._from = (resume_at or 0) + evaluated if goes_on else None
+        self._by_step = cast(Any, SummaryWriter(folder, purge_step=self._from))  # its annotations leave things open
+        self._by_tokens = SummaryWriter(folder / "by_tokens", purge_step=tokens_seen + evaluated if goes_on else None)
         self._by_step.add_text("config", _verbatim(json.dumps(config, indent=1)), resume_at or 0)
         settings = {key: value for key, value in _flat(config) if value is not None}
         for summary in hparams(settings, {"val_loss": 0.0}):
             self._by_step.file_writer.add_summary(summary)
+
+    def lacks(self, record: Record) -> bool:
+        return self._from is None or bool(record["step"] >= self._from)
 
     def log(self, record: Record) -> None:
         step = record["step"]
@@ -171,14 +178,17 @@ class Wandb:
     A run of theirs cannot forget steps, so each session is a run of its own, and all sessions are a group.
     """
 
-    def __init__(self, logs: Path, config: Mapping[str, Any], resume_at: int | None, tokens_seen: int) -> None:
+    def __init__(
+        self, logs: Path, config: Mapping[str, Any], resume_at: int | None, evaluated: bool, tokens_seen: int
+    ) -> None:
         mode: Any = os.environ.setdefault("WANDB_MODE", "offline")
         if mode == "offline":
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # which would go to the network
         import wandb
 
         before = sorted((logs / "wandb").glob("*run-*-*"), key=lambda path: path.name.split("-")[-2])
-        self.is_new, run_id = not before, secrets.token_hex(4)
+        self._resumed = (resume_at, evaluated) if before and resume_at is not None else None
+        run_id = secrets.token_hex(4)
         self._html = wandb.Html
         self._run = wandb.init(
             dir=logs, mode=mode, project=os.environ.get("WANDB_PROJECT", "minigpt"), config=dict(config), id=run_id,
@@ -189,6 +199,9 @@ class Wandb:
             ),
         )  # fmt: skip
         self._run.define_metric("*", step_metric="step")
+
+    def lacks(self, record: Record) -> bool:
+        return self._resumed is None or not kept_when_resuming(record, *self._resumed)
 
     def log(self, record: Record) -> None:
         told: dict[str, Any] = dict(_numbers(record)) | {"step": record["step"]}
@@ -221,11 +234,12 @@ def follow(path: Path, ended: threading.Event) -> Iterator[list[Record]]:
 
 def work(name: str, hello: Mapping[str, Any], ended: threading.Event) -> None:
     """Be the logger `name`. Lines of earlier sessions are left to what they wrote, where that is there."""
-    resume_at = hello["resume_at"]
-    sink = SINKS[name](Path(hello["logs"]), hello["config"], resume_at, hello["tokens_seen"])
+    sink = SINKS[name](
+        Path(hello["logs"]), hello["config"], hello["resume_at"], hello["evaluated"], hello["tokens_seen"]
+    )
     for records in follow(Path(hello["metrics"]), ended):
         for record in records:
-            if resume_at is None or sink.is_new or not kept_when_resuming(record, resume_at, hello["evaluated"]):
+            if sink.lacks(record):
                 sink.log(record)
         sink.flush()
     sink.close()

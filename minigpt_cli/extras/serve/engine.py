@@ -17,7 +17,6 @@ from torch import Tensor
 
 from minigpt_cli.core.errors import MinigptError
 from minigpt_cli.core.generate import (
-    WARM_UP,
     Record,
     RecordedStep,
     Sampling,
@@ -55,7 +54,6 @@ class Engine:
         self._rows = [self._cache.streams(i, 1) for i in range(slots)]
         self._first = [self._cache.streams(0, n) for n in range(1, slots + 1)]
         self._recorded: dict[int, RecordedStep] = {}  # number of streams -> the step
-        self._steps = 0  # of several texts together, that were not recorded
         self._generator = torch.Generator(self._device)
         self._generator.seed()
         self._batch: list[Stream] = []  # the i-th has row i of the cache
@@ -182,7 +180,7 @@ class Engine:
     def _together(self, ids_B1: Tensor, lengths: list[int]) -> Tensor:
         """Logits (B, V) of one token more for the texts in the cache's first rows; recorded, where that is possible."""
         n = len(lengths)
-        if self._record is not None and self._steps > WARM_UP:
+        if self._record is not None:
             padded = min(self.slots, 1 << (n - 1).bit_length())  # rows that nobody uses make up the number
             try:
                 if padded not in self._recorded:
@@ -192,7 +190,6 @@ class Engine:
             except RuntimeError as error:
                 self._record = None
                 self._note(f"CUDA graph: failed, going on without it ({first_line(error)})")
-        self._steps += 1
         reach = min(self.model.config.block_size, max(lengths) + 1)
         position_B = torch.tensor(lengths, device=self._device)
         return step_at(self.model, self._first[n - 1], ids_B1, position_B, reach)
