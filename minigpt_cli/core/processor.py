@@ -1,6 +1,6 @@
 """What instructions this CPU has, and what the variables that narrow them leave. The only file that asks.
 
-Tests run a second time as on a machine without AVX-512 (docs/platforms.md). Each library has its own variable for that
+Tests run a second time as on a machine without AVX-512 (docs/cpu.md). Each library has its own variable for that
 and reads it when it starts: ATEN_CPU_CAPABILITY for PyTorch's own kernels, ONEDNN_MAX_CPU_ISA for oneDNN, which
 multiplies bf16, and MKL_ENABLE_INSTRUCTIONS for MKL, which multiplies float32. PyTorch's flags follow none of them.
 """
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-# The smallest width of a model from which training in bf16 pays (docs/benchmarks.md).
+# The smallest width of a model from which training in bf16 pays (docs/cpu.md).
 BF16_PAYS_FROM = {"AMX": 64, "AVX-512 BF16": 256, "ARM BF16": 256}
 MARCH = {"avx2": "x86-64-v3", "default": "x86-64"}  # by ATEN_CPU_CAPABILITY
 

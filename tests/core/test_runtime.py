@@ -142,7 +142,7 @@ def test_the_variables_that_narrow_the_instructions_are_respected(environment: d
 
 @pytest.mark.skipif(not processor.X86, reason="another kind of processor")
 def test_narrowed_to_avx2_a_process_has_no_bf16() -> None:
-    """As docs/platforms.md says it: PyTorch, oneDNN and our own choices, in a process of its own."""
+    """As docs/cpu.md says it: PyTorch, oneDNN and our own choices, in a process of its own."""
     code = (
         "import torch; from minigpt_cli.core import processor; print(torch.backends.cpu.get_cpu_capability(), "
         "torch.ops.mkldnn._is_mkldnn_bf16_supported(), processor.bf16_instructions(), *processor.compiler_flags())"
