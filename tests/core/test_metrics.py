@@ -111,19 +111,19 @@ def test_a_folder_that_is_read_only_is_the_users_mistake(tmp_path: Path) -> None
 def test_a_run_that_is_to_be_replaced_waits_until_the_new_one_has_a_checkpoint(
     run_training: RunTraining, form: str
 ) -> None:
-    folder, _, _ = run_training("run", small_config(keep=1))
+    folder, _, _ = run_training("run", small_config(keep=1, checkpoints=form))
     (folder.path / "notes.txt").write_text("mine")
-    before = {path.name: path.read_bytes() for path in folder.path.iterdir() if path.is_file()}
+    before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
     folder.set_aside()
     assert not folder.holds_run()
     assert [path.name for path in folder.path.iterdir() if not path.name.startswith(".")] == ["notes.txt"]
     folder.metrics.write_text("of a run that came to nothing")
     with open_run(folder.path):  # as after a kill
         assert folder.holds_run()
-    assert {path.name: path.read_bytes() for path in folder.path.iterdir() if path.is_file()} == before
+    assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
     folder.set_aside()
     folder.last.write_bytes(b"new")
-    folder.settle()
+    folder.drop_old()
     assert sorted(path.name for path in folder.path.iterdir() if path.name != ".lock") == [
         "last.safetensors",
         "notes.txt",
