@@ -1,7 +1,8 @@
 """What each rank of a test does: real runs, one after another. `torchrun ... tests/ranks.py JOBS DATA` starts it.
 
 JOBS is a JSON list of {"name", "changes", "parallel", "runtime", "resume", "stop_at"}; each run goes to the folder
-`name` beside it. The first rank writes what it saw of the exchange between ranks to `name/exchanged.json`.
+`name` beside it. The first rank writes what was saved to `name/saves.json`, or what it saw of the exchange between
+ranks to `name/exchanged.json`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ def run(job: dict, world: World, path: Path, dataset: Dataset) -> None:  # type:
     config = small_config(**job["changes"])
     if not job.get("count"):
         run_in(path, dataset, config, runtime, recorder, resume=job.get("resume", False))
+        if world.leads:
+            (path / "saves.json").write_text(json.dumps(recorder.saves))
         return
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         run_in(path, dataset, config, runtime, recorder)

@@ -54,8 +54,12 @@ class RunFolder:
         return sorted(self.path.glob(f"{kind}-????????{SHARDED}"))
 
     def holds_run(self) -> bool:
-        """Whether there is a checkpoint. What a run leaves that failed before its first one may be replaced."""
-        return any(path.exists() for path in self._checkpoints())
+        """Whether there is a run that a new one must not replace unasked."""
+        return any(p.exists() for p in self._checkpoints()) or (self.metrics.exists() and not self.holds_failure())
+
+    def holds_failure(self) -> bool:
+        """Whether a run began here that has no `last` yet: what `set_aside` left is the mark of it."""
+        return self._old.is_dir() and not self.has_last()
 
     def newest_of(self, kind: str) -> Path | None:
         """The checkpoint of `kind` (last or best): a folder of shards or a file."""
@@ -68,6 +72,9 @@ class RunFolder:
     def _checkpoints(self) -> list[Path]:
         return [self.last, self.best, *self.snapshots(), *self.shards()]
 
+    def _files(self) -> list[Path]:
+        return [self.config, self.metrics, self.picture, self.launch, self.logs, *self._checkpoints()]
+
     def drop(self, kind: str, keep: Path) -> None:
         """Remove what `keep` replaces: the other files and folders of its kind."""
         for path in (self.path / f"{kind}.safetensors", *self.shards(kind)):
@@ -77,13 +84,18 @@ class RunFolder:
     def set_aside(self) -> None:
         """Make room for a new run: the files of the old one, and nothing else, wait in `.old` until it has a `last`.
 
-        They gather in `.returning`, which is renamed when it has them all: killed before, they simply go back.
+        They gather in `.returning`, which is renamed when it has them all: killed before, they simply go back. What a
+        run left that failed before its first checkpoint is removed.
         """
+        if self.holds_failure():
+            for path in self._files():
+                remove(path)
+            return
         self._returning.mkdir(exist_ok=True)
-        for path in (self.config, self.metrics, self.picture, self.logs, *self._checkpoints()):
+        self.launch.unlink(missing_ok=True)
+        for path in self._files():
             if path.exists():
                 path.replace(self._returning / path.name)
-        self.launch.unlink(missing_ok=True)
         self._returning.rename(self._old)
 
     def drop_old(self) -> None:
@@ -98,10 +110,10 @@ class RunFolder:
         from there.
         """
         if self._old.is_dir() and not self._returning.is_dir():
-            if self.has_last() or not RunFolder(self._old).holds_run():
+            if self.has_last():
                 remove(self._old)
-            else:
-                for path in (self.config, self.metrics, self.picture, self.launch, self.logs, *self._checkpoints()):
+            elif RunFolder(self._old).holds_run():
+                for path in self._files():
                     remove(path)
                 self._old.rename(self._returning)
         if self._returning.is_dir():

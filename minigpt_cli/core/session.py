@@ -162,13 +162,13 @@ def run_session(
             if world.leads:
                 if saved is None:
                     folder.set_aside()
-                resume_at = saved.header.step if saved is not None else None
-                data_step = saved.header.progress.data_step if saved is not None else 0
-                listeners = [JsonLines(folder.metrics, resume_at=resume_at, evaluated=evaluated, data_step=data_step)]
-                with atomic_write(folder.config) as file:  # after metrics.jsonl, by which it is known as a run's
+                with atomic_write(folder.config) as file:
                     file.write(config.to_yaml().encode())
                 if world.launch is not None:
                     folder.launch.write_text(world.launch)
+                resume_at = saved.header.step if saved is not None else None
+                data_step = saved.header.progress.data_step if saved is not None else 0
+                listeners = [JsonLines(folder.metrics, resume_at=resume_at, evaluated=evaluated, data_step=data_step)]
                 listeners += listen(folder, saved)
             return train(
                 config, job.dataset, folder, runtime, listeners, resume=saved or job.start, stop=stop, began=job.began
@@ -194,7 +194,7 @@ def _where_to_start(
             f"{folder.path} already holds a run: --resume goes on with it, --overwrite replaces it, "
             "--out DIR goes elsewhere"
         )
-    foreign = folder.config.exists() and not folder.holds_run() and not folder.metrics.exists()
+    foreign = folder.config.exists() and not folder.holds_run() and not folder.holds_failure()
     if foreign and folder.config.read_bytes() != config.to_yaml().encode():
         raise UserError(f"{folder.config} is not a run's: it would be replaced; choose another folder with --out")
     if not resume:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -188,6 +189,34 @@ def test_another_split_of_the_same_text_is_other_data(here: Path) -> None:
     done = train("--resume", *sets(train__max_iters=30))
     assert done.code == 2
     assert "--allow-data-change" in done.error
+
+
+def test_other_data_that_is_allowed_has_a_best_and_a_verdict_of_its_own(here: Path) -> None:
+    """The old text was easier: its best must not stand for the new."""
+    drawn = random.Random(3)
+    letters = sorted(set((here / "input.txt").read_text()))
+    (here / "other.txt").write_text("".join(drawn.choice(letters) for _ in range(6000)))
+    assert call("prepare", "other.txt", "--tokenizer", "checkpoints/best.safetensors").code == 0
+    before = checkpoint.load(here / "checkpoints/best.safetensors").header
+    done = train("--resume", "--allow-data-change", *sets(data__path="data/other", train__max_iters=40))
+    assert done.code == 0, done.err
+    assert "other data than before: `best`, patience and passes are counted from here\n" in done.err
+    best = checkpoint.load(here / "checkpoints/best.safetensors").header
+    assert best.dataset_fingerprint != before.dataset_fingerprint
+    assert best.val_loss is not None
+    assert before.val_loss is not None
+    assert best.val_loss > before.val_loss
+    steps = best.step - 20
+    tokens = len(Dataset("data/other").train)
+    assert done.out.startswith(
+        f"Best validation loss {best.val_loss:.4f} at step {best.step}, after "
+        f"{steps * 64 / tokens:.1f} passes over the training text.\n"
+    )
+    facts = json.loads(call("info", "checkpoints/last.safetensors", "--json").out)
+    assert facts["epochs"] == pytest.approx(20 * 64 / tokens)
+    again = call("train", "--resume", *sets(train__max_iters=41))  # the new data is the run's data now
+    assert again.code == 0, again.err
+    assert "other data" not in again.err
 
 
 def test_a_damaged_last_checkpoint_is_said_and_best_goes_on(here: Path) -> None:

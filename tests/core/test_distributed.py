@@ -48,6 +48,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "split": (SPLIT, {}),
     "tied": (TIED, {"checkpoint_activations": True}),
 }
+FORMS = ("file", "sharded")
+BY_TIME = {"dropout": 0.0, "checkpoint_minutes": 1e-9, "checkpoint_interval": 99, "eval_interval": 99}
 COUNTED = {"batch_size": 8, "max_iters": 2, "eval_interval": 99, "log_interval": 99, "checkpoint_interval": 99}
 
 
@@ -101,6 +103,9 @@ def two(place: Path, alone: dict[str, Path]) -> Path:
     jobs += [
         {"name": "in parts", "changes": in_parts, "parallel": "fsdp", "runtime": CASES["tied"][1]},
         {"name": "parts for more", "changes": in_parts, "parallel": "fsdp", "stop_at": 5},
+    ]
+    jobs += [
+        {"name": f"by time {form}", "changes": BY_TIME | {"checkpoints": form}, "parallel": "ddp"} for form in FORMS
     ]
     jobs += [job("for more", "plain", "fsdp", stop_at=7), job("parts", "plain", "ddp", resume=True)]
     launch(place, 2, jobs)
@@ -169,6 +174,14 @@ def test_shards_hold_what_a_file_holds(two: Path) -> None:
         )
     with pytest.raises(UserError, match=r"in parts; make one file of it: minigpt export"):
         load(folder.shards("best")[0])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_ranks_look_at_the_clock_together_where_they_log(two: Path, form: str) -> None:
+    """Every third step; and every save is one."""
+    saves = json.loads((two / f"by time {form}" / "saves.json").read_text())
+    assert [step for name, step in saves if name.startswith("last")] == [3, 6, 9, 12, 12]
+    assert [step for name, step in saves if name.startswith("best")] == [12]
 
 
 @pytest.mark.parametrize("damage", ["a bit", "a missing file", "the header", "no header"])

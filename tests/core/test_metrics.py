@@ -107,20 +107,23 @@ def test_a_folder_that_is_read_only_is_the_users_mistake(tmp_path: Path) -> None
         pass
 
 
-def test_a_run_that_is_to_be_replaced_waits_until_the_new_one_has_a_checkpoint(run_training: RunTraining) -> None:
-    folder, _, _ = run_training("run", small_config(keep=1))
+@pytest.mark.parametrize("form", ["file", "sharded"])
+def test_a_run_that_is_to_be_replaced_waits_until_the_new_one_has_a_checkpoint(
+    run_training: RunTraining, form: str
+) -> None:
+    folder, _, _ = run_training("run", small_config(keep=1, checkpoints=form))
     (folder.path / "notes.txt").write_text("mine")
-    before = {path.name: path.read_bytes() for path in folder.path.iterdir() if path.is_file()}
+    before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
     folder.set_aside()
     assert not folder.holds_run()
     assert [path.name for path in folder.path.iterdir() if not path.name.startswith(".")] == ["notes.txt"]
     folder.metrics.write_text("of a run that came to nothing")
     with open_run(folder.path):  # as after a kill
         assert folder.holds_run()
-    assert {path.name: path.read_bytes() for path in folder.path.iterdir() if path.is_file()} == before
+    assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
     folder.set_aside()
     folder.last.write_bytes(b"new")
-    folder.settle()
+    folder.drop_old()
     assert sorted(path.name for path in folder.path.iterdir() if path.name != ".lock") == [
         "last.safetensors",
         "notes.txt",
@@ -129,11 +132,14 @@ def test_a_run_that_is_to_be_replaced_waits_until_the_new_one_has_a_checkpoint(r
 
 @pytest.mark.parametrize("call", ["replace", "unlink", "rename"])
 @pytest.mark.parametrize("number", range(1, 9))
-@pytest.mark.parametrize("lost", [(), ("last.safetensors",)], ids=["whole run", "only best and snapshots"])
+@pytest.mark.parametrize(
+    ("form", "lost"), [("file", ()), ("file", ("last.safetensors",)), ("sharded", ())],
+    ids=["whole run", "only best and snapshots", "in shards"],
+)  # fmt: skip
 def test_setting_aside_and_taking_back_may_be_killed_at_any_point(
-    run_training: RunTraining, call: str, number: int, lost: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    run_training: RunTraining, call: str, number: int, form: str, lost: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, _, _ = run_training("run", small_config(keep=2))
+    folder, _, _ = run_training("run", small_config(keep=2, checkpoints=form))
     for name in lost:
         (folder.path / name).unlink()
     (folder.logs / "tensorboard").mkdir(parents=True)
@@ -160,7 +166,8 @@ def test_setting_aside_and_taking_back_may_be_killed_at_any_point(
         pass
     after = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
     assert after == before
-    assert [path for path in folder.path.iterdir() if path.is_dir()] == [folder.logs]
+    folders = [path for path in folder.path.iterdir() if path.is_dir()]
+    assert set(folders) == {folder.logs, *folder.shards()}
 
 
 def test_numbered_snapshots_alone_are_a_run(run_training: RunTraining) -> None:
@@ -185,6 +192,21 @@ def test_resuming_falls_back_to_the_newest_checkpoint_that_verifies(run_training
     folder.best.write_bytes(b"")
     with pytest.raises(CheckpointError):
         folder.newest()
+
+
+@pytest.mark.parametrize(("older", "newer"), [("file", "sharded"), ("sharded", "file")])
+def test_of_two_forms_the_newer_checkpoint_goes_on(run_training: RunTraining, older: str, newer: str) -> None:
+    """As where a run that changed the form is killed between a save and the removal of what it replaces."""
+    folder, _, _ = run_training("run", small_config(max_iters=6, checkpoints=older))
+    old = folder.newest_of("last")
+    assert old is not None
+    kept = folder.path.parent / old.name
+    old.rename(kept)
+    folder.path.rename(folder.path.parent / "gone")
+    folder, _, _ = run_training("run", small_config(checkpoints=newer))
+    kept.rename(old)
+    found, problems = folder.newest()
+    assert (found.header.step, problems) == (12, [])
 
 
 def test_an_empty_folder_has_nothing_to_resume(tmp_path: Path) -> None:
