@@ -127,7 +127,7 @@ def started(ckpt: Path, *arguments: object, errors: Path, **changes: str) -> Ite
 
 @contextmanager
 def in_this_process(
-    checkpoint: Checkpoint, *, seconds: float = 60, slots: int = 2, log: Any = lambda line: None, **more: Any
+    checkpoint: Checkpoint, *, seconds: float = PATIENCE, slots: int = 2, log: Any = lambda line: None, **more: Any
 ) -> Iterator[tuple[Server, Engine, threading.Event]]:
     """The same server in a thread; setting the event stops it."""
     engine = Engine(checkpoint.model(), checkpoint.tokenizer.token_bytes(), slots=slots, queue=4)
