@@ -189,14 +189,15 @@ class Trainer:
         return asked
 
     def _ask(self) -> str | None:
-        """Whether a rank was asked to stop, or has used up `max_minutes`. All ranks get the same answer.
+        """Whether a rank was asked to stop, or has used up `max_minutes`. All ranks get the same answer. A run takes at
+        least one step, even if compiling took all its time.
 
         To agree takes an exchange, which would be felt at every short step: it happens about twice a second.
         """
         if self.world.size > 1 and self.progress.step % self.ask_every:
             return None
         limit = self.config.train.max_minutes
-        late = limit is not None and self._seconds() >= 60 * limit
+        late = limit is not None and self.progress.step > 0 and self._seconds() >= 60 * limit
         return (None, "time", "stopped")[self.world.largest(2 if self.asked_to_stop() else int(late))]
 
     def _step(self) -> None:
