@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from minigpt_cli.core import model as model_module
 from minigpt_cli.core.config import ModelConfig, load_config, shipped_configs
 from minigpt_cli.core.generate import Sampling, for_decoding, generate
 from minigpt_cli.core.layers import KVCache, rotary_table, rotate
-from minigpt_cli.core.model import GPT, lm_loss
+from minigpt_cli.core.model import GPT, empty_model, lm_loss
 from minigpt_cli.core.runtime import Runtime
 from oracle.weights import naive_twin
 from runs import MODEL_CHOICES, varied_model
@@ -209,14 +210,26 @@ def test_parameter_counts_are_the_arithmetic_of_the_shape_and_add_up(
     assert sum(p.numel() for p in model.parameters()) == counts["total"] + padding
 
 
+@pytest.mark.parametrize("options", [{}, {"norm": "rmsnorm", "qk_norm": True, "position": "rope", "zero_init": True}])
+@pytest.mark.parametrize("init", ["gpt2", "torch"])
+def test_an_empty_model_has_every_shape_and_draws_nothing(init: str, options: dict[str, Any], tiny: Tiny) -> None:
+    config = tiny(init=init, tie_weights=True, vocab_multiple=8, **options)
+    before = torch.get_rng_state()
+    model = empty_model(config, V)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(p.is_meta for p in model.parameters())
+    assert {name: t.shape for name, t in model.state_dict().items()} == {
+        name: t.shape for name, t in GPT(config, V).state_dict().items()
+    }
+
+
 def test_gpt2s_configs_have_the_parameters_of_gpt2() -> None:
     """Tokens, positions, twelve times (attention, feed-forward, two norms), the last norm; the head is tied."""
     C, L = 768, 12
     biased = 50257 * C + 1024 * C + L * (4 * C * C + 4 * C + 8 * C * C + 5 * C + 4 * C) + 2 * C
     gated = 50257 * C + L * (4 * C * C + 2 * 64 + 3 * C * 2048 + 2 * C) + C
     for name, expected in (("gpt2", biased), ("gpt2-modern", gated)):
-        with torch.device("meta"):
-            model = GPT(load_config(name).model, 50257)
+        model = empty_model(load_config(name).model, 50257)
         assert model.parameter_counts()["total"] == expected
         assert model.parameter_counts()["padding"] == 47 * C
         assert model.head.weight.shape == (50304, C)
