@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from clock import PATIENCE
 from commands.conftest import TINY, call, sets, wait_for
 from minigpt_cli.commands import app
 from minigpt_cli.core.metrics import JsonLines, Record, read_metrics
@@ -93,6 +94,12 @@ def kept(path: Path, key: str) -> list[tuple[int, Any]]:
     return [(record["step"], record[key]) for record in read_metrics(path) if key in record]
 
 
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine may take longer to finish the logs than a user would wait."""
+    monkeypatch.setattr(loggers, "PATIENCE", PATIENCE)
+
+
 @pytest.fixture(scope="module")
 def watched(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 20 steps with both loggers in `run`, gone on with from step 10 as after a kill, to step 30; and the same
@@ -101,6 +108,8 @@ def watched(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(finished, folder, dirs_exist_ok=True)
     before = Path.cwd()
     os.chdir(folder)
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(loggers, "PATIENCE", PATIENCE)
     try:
         for out, more in (("run", BOTH), ("plain", [])):
             done = call("train", "--config", "gpt", *TINY, *SHORT, "--out", out, *more)
@@ -112,6 +121,7 @@ def watched(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert done.code == 0, done.err
             assert "without it" not in done.err, done.err
     finally:
+        monkeypatch.undo()
         os.chdir(before)
     return folder
 
