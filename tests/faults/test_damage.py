@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
@@ -24,7 +25,7 @@ from minigpt_cli.core.run import RunFolder
 from minigpt_cli.core.world import ALONE
 from runs import saved
 
-MEGABYTES = 500
+MEGABYTES = 280  # beyond importing torch, which takes 220, and 630 with the libraries of CUDA
 MUTANTS = int(os.environ.get("MINIGPT_MUTANTS", "3000"))
 SHORT = ("train.max_iters=6", "train.checkpoint_interval=2", "train.eval_interval=6", "train.keep=2")
 
@@ -45,6 +46,12 @@ def run_fresh(arguments: list[str], folder: Path) -> tuple[int, str, float]:
     )  # fmt: skip
     code, peak = map(int, done.stdout.split())
     return code, done.stderr, peak * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+@functools.cache
+def torch_alone() -> float:
+    """The megabytes of a process that imports torch, and nothing else."""
+    return run_fresh(["-c", "import torch"], Path.cwd())[2]
 
 
 def relabel(data: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
@@ -118,7 +125,7 @@ def test_a_damaged_checkpoint_costs_one_line_and_little_memory(
     assert code == 1
     assert text.startswith("minigpt: error: run/last.safetensors: ")
     assert text.count("\n") == 1
-    assert megabytes < MEGABYTES
+    assert megabytes < torch_alone() + MEGABYTES
     resumed = launch(train_arguments(*SHORT, "train.max_iters=8", flags=("--resume",)))
     assert resumed.wait() == 0, resumed.stderr.read_text()
     assert "going on from step-00000006.safetensors, step 6" in resumed.stderr.read_text()
@@ -252,4 +259,4 @@ def test_mutated_files_never_crash_hang_or_fill_memory(launch: Launch, place: Pa
     code, text, megabytes = run_fresh(["fuzz.py", str(MUTANTS)], place)
     assert code == 0, text
     assert text.count("refused") == 3, text
-    assert megabytes < MEGABYTES
+    assert megabytes < torch_alone() + MEGABYTES
