@@ -477,6 +477,7 @@ def test_with_narrowed_instructions_it_is_another_library_with_the_same_logits(
     precision: str, cache_folder: Path, monkeypatch: pytest.MonkeyPatch, tiny: Tiny
 ) -> None:
     """Down to SSE2, which every x86-64 has: sums are added in another order, and nothing else is different."""
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)  # tests/narrow.py sets it for all
     model, ids = make(tiny(n_embd=64, block_size=32)).to(DTYPES[precision]), torch.randint(V, (2, 32))
     expected = logits_of(model, ids, NativeStep(model))
     for n, capability in enumerate(("avx2", "default"), 2):
