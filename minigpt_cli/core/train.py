@@ -248,12 +248,13 @@ class Trainer:
     def _evaluate(self, *, scheduled: bool = True) -> None:
         """Score the validation split, and save `best` if no evaluation of this run was better.
 
-        It may take long, so the steps before it are saved first if it ends the run, or if there is no `last` yet: a
-        `best` is never without one. Patience counts only what `eval_interval` scheduled, so that ending early and
-        going on changes nothing.
+        It may take long, so the steps before it are saved first if it ends the run, or if there is no `last` of this
+        data yet: a `best` is never without one. Patience counts only what `eval_interval` scheduled, so that ending
+        early and going on changes nothing.
         """
         progress = self.progress
-        if self.saved_at < 0 or self.unsaved or (not scheduled and self.saved_at < progress.step):
+        other_data = self.unsaved and self.saved_at == progress.step  # and `last` does not say so yet
+        if self.saved_at < 0 or other_data or (not scheduled and self.saved_at < progress.step):
             self._save(last=True)
         self._check_finite()
         with self.state.averaged(), self.runtime.uncompiled():
